@@ -1,0 +1,64 @@
+"""The engine protocol: token in, token out. Every engine (embedded, SGLang) speaks exactly this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling settings. ``temperature`` 0 is greedy; ``top_k`` -1 and ``top_p`` 1.0 are off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """``noise_key`` (64 bit, from the trajectory id) and the absolute token position decide the sampling noise."""
+
+    request_id: str
+    input_ids: tuple[int, ...]
+    sampling: SamplingParams
+    noise_key: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """Sampled tokens with the log-probs of the distribution log_softmax(logits / temperature), unfiltered.
+
+    A matched stop token is the last of ``output_ids`` and has its log-prob. Greedy requests report log_softmax(logits).
+    """
+
+    output_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finish_reason: Literal["stop", "length", "abort"]
+    policy_versions: tuple[int, ...] = field(default=())
+
+
+class EngineError(RuntimeError):
+    """The engine could not serve a request: infrastructure, never the policy's fault."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What the agent loop and the weight publisher need of an engine. Calls come from one asyncio loop."""
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Complete one request. Raises ValueError for a request it can never serve, EngineError when it failed."""
+        ...
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace every weight (Hugging Face names, full tensors). Missing, unknown or misshapen names are errors."""
+        ...
+
+    async def close(self) -> None:
+        """Release what the engine holds; pending requests fail with EngineError."""
+        ...
