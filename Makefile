@@ -1,9 +1,11 @@
-PYTHON ?= python3
+PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: setup
-setup: $(VENV)/.ready
+.PHONY: setup quickstart test test-fast layouts kill-demo bench docs clean
+
+setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
 
 $(VENV)/.ready: requirements/cpu.txt requirements/dev.txt requirements/build.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -12,3 +14,30 @@ $(VENV)/.ready: requirements/cpu.txt requirements/dev.txt requirements/build.txt
 	$(BIN)/pip install -q -r requirements/dev.txt
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
+
+quickstart: setup  ## tiny model, cold start, reinforcement learning, evaluation, Hugging Face export
+	$(BIN)/python tools/quickstart.py
+
+test: setup  ## every test that needs no GPU
+	$(PYTEST) tests
+
+test-fast: setup  ## the first minutes' worth of tests
+	$(PYTEST) tests -m "not slow"
+
+layouts: setup  ## one step and three loop steps on every parallel layout, as a table
+	$(BIN)/python tools/layouts.py
+
+kill-demo: setup  ## kill a run inside a save, resume it, compare hashes
+	$(BIN)/python tools/kill_test.py --demo
+
+bench: setup  ## every benchmark of the README, one after the other
+	$(BIN)/python tools/bench_engine.py
+	$(BIN)/python tools/bench_trainer.py
+	$(BIN)/python tools/bench_kernels.py
+	$(BIN)/python tools/bench_sandbox.py
+
+docs: setup  ## regenerate the generated pages under docs/
+	$(BIN)/python tools/config_reference.py
+
+clean:
+	rm -rf build *.egg-info spear_megatron/*.so

@@ -1,0 +1,81 @@
+"""Decisions that all ranks take together, and waiting for a busy leader with deadline and heartbeat."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from spear_megatron.parallel.state import ParallelState
+
+T = TypeVar("T")
+
+HEARTBEAT_S = 2.0
+HEARTBEAT_LOST_S = 120.0
+POLL_S = 0.02
+
+
+def agree_ok(parallel: ParallelState, phase: str, error: str | None) -> None:
+    """Raise the same error on every rank when any rank reports one.
+
+    Raises:
+        RuntimeError: names the phase and the failing ranks with their messages.
+    """
+    failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(parallel, error)) if text is not None]
+    if failures:
+        raise RuntimeError(f"{phase} failed on {len(failures)} rank(s). " + "; ".join(failures))
+
+
+def agree_any(parallel: ParallelState, flag: bool) -> bool:
+    """True on every rank when any rank says True."""
+    return any(gather_objects(parallel, bool(flag)))
+
+
+def gather_objects(parallel: ParallelState, value: T) -> list[T]:
+    """Small picklable values of every rank, in rank order (CPU group)."""
+    if parallel.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(values, value, group=parallel.cpu_group)
+    return values
+
+
+async def with_heartbeat(parallel: ParallelState, phase: str, work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work`` on a leader while telling waiting peers, through the store, that this rank is alive."""
+    key = f"{phase}/{parallel.rank}"
+
+    async def beat() -> None:
+        while True:
+            parallel.store.set(f"{key}/beat", str(time.time()))
+            await asyncio.sleep(HEARTBEAT_S)
+
+    beating = asyncio.create_task(beat()) if parallel.world_size > 1 else None
+    try:
+        return await work
+    finally:
+        if beating is not None:
+            beating.cancel()
+            parallel.store.set(f"{key}/done", "1")
+
+
+def wait_for_leaders(parallel: ParallelState, phase: str, leaders: list[int], timeout_s: float) -> None:
+    """Wait, outside any collective, until every leader has finished ``phase``.
+
+    Raises:
+        TimeoutError: names the phase, the leader and what was last heard of it.
+    """
+    start = time.time()
+    for leader in leaders:
+        key = f"{phase}/{leader}"
+        while not parallel.store.check([f"{key}/done"]):
+            now = time.time()
+            heard = float(parallel.store.get(f"{key}/beat")) if parallel.store.check([f"{key}/beat"]) else start
+            if now - start > timeout_s or now - heard > HEARTBEAT_LOST_S:
+                raise TimeoutError(
+                    f"rank {parallel.rank} waited {now - start:.0f} s in phase '{phase}' for rank {leader}, "
+                    f"last heard of {now - heard:.0f} s ago"
+                )
+            time.sleep(POLL_S)
