@@ -1,0 +1,94 @@
+"""Lets megatron-core run without CUDA: the one place where names of other packages are replaced, and only for a while."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+_FACTORIES = (
+    "tensor", "empty", "zeros", "ones", "full", "arange",
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand", "randn", "randint",
+)  # fmt: skip
+_active = 0
+
+
+@contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """While active, megatron-core's CUDA calls land on the CPU. Does nothing where CUDA is available.
+
+    Covers the current device, ``Tensor.cuda``, tensor factories called with ``device="cuda"``, the ``torch.cuda.*``
+    type names that Megatron's optimizer compares, and the CUDA random state (mapped to the CPU generator, which
+    activation recomputation saves and restores). Everything that builds, runs or saves a Megatron model belongs
+    inside it. May be nested; the names are process-wide, so other threads see them too.
+    """
+    global _active
+    if torch.cuda.is_available() or _active:
+        _active += 1
+        try:
+            yield
+        finally:
+            _active -= 1
+        return
+    with ExitStack() as stack:
+        for target, name, replacement in _replacements():
+            stack.enter_context(mock.patch.object(target, name, replacement))
+        _active += 1
+        try:
+            yield
+        finally:
+            _active -= 1
+
+
+def is_active() -> bool:
+    """Whether ``megatron_on_cpu`` is entered somewhere in this process."""
+    return _active > 0
+
+
+def _replacements() -> list[tuple[Any, str, Any]]:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    table: list[tuple[Any, str, Any]] = [(torch, name, _on_cpu(getattr(torch, name))) for name in _FACTORIES]
+    table += [
+        (torch.Tensor, "cuda", _identity),
+        (torch.Tensor, "type", _cuda_type(torch.Tensor.type)),
+        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "is_initialized", lambda: False),
+        (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (torch.cuda.random, "get_rng_state", lambda device=None: torch.get_rng_state()),
+        (megatron_random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)),
+    ]
+    return table
+
+
+def _identity(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and (device == "cuda" or str(device).startswith("cuda")):
+            kwargs["device"] = "cpu"
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _cuda_type(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cuda_type(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return original(tensor).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.", 1)
+        return original(tensor, dtype, *args, **kwargs)
+
+    return cuda_type

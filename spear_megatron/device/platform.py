@@ -1,0 +1,51 @@
+"""Which device and which collective backend this process uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """Device of this process and the torch.distributed backend that serves it."""
+
+    device: torch.device
+    backend: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def detect_platform(local_rank: int = 0) -> Platform:
+    """CUDA device number ``local_rank`` with NCCL when CUDA is available, else the CPU with gloo.
+
+    Raises:
+        ValueError: there are CUDA devices, but fewer than ``local_rank + 1``.
+    """
+    if not torch.cuda.is_available():
+        return Platform(device=torch.device("cpu"), backend="gloo")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"local rank {local_rank} has no CUDA device, {count} visible: start at most {count} processes per host"
+        )
+    return Platform(device=torch.device("cuda", local_rank), backend="nccl")
+
+
+def transformer_engine_status() -> tuple[bool, str]:
+    """(usable, reason). Transformer Engine is usable when CUDA is there and its PyTorch part really imports.
+
+    On a host without cuDNN the import raises RuntimeError, not ImportError: both count as "not usable".
+    """
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ModuleNotFoundError:
+        return False, "not installed (pip install --no-build-isolation transformer-engine[pytorch])"
+    except (ImportError, RuntimeError, OSError) as error:
+        return False, f"installed, but does not import: {error}"
+    return True, "usable"
