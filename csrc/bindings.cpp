@@ -1,0 +1,11 @@
+// Python module spear_megatron._C. Every kernel file offers register_<name>; declare and call it here.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+void register_cpu_info(py::module_&);
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Compiled CPU kernels of spear_megatron; use them through spear_megatron.kernels.";
+    register_cpu_info(module);
+}
