@@ -21,14 +21,14 @@ Isa detected_isa() {
         return Isa::avx2;
     }
 #endif
-    return Isa::scalar;
+    return Isa::generic;
 }
 
 const char* isa_name(Isa isa) {
     switch (isa) {
         case Isa::avx512: return "avx512";
         case Isa::avx2: return "avx2";
-        default: return "scalar";
+        default: return "generic";
     }
 }
 
@@ -37,7 +37,7 @@ Isa parse_isa(const char* name) {
     if (std::strcmp(name, "auto") == 0) {
         return best;
     }
-    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+    for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512}) {
         if (std::strcmp(name, isa_name(isa)) == 0) {
             if (static_cast<int>(isa) > static_cast<int>(best)) {
                 throw std::invalid_argument(std::string("this processor has no ") + name + "; the widest it has is " +
@@ -46,7 +46,7 @@ Isa parse_isa(const char* name) {
             return isa;
         }
     }
-    throw std::invalid_argument(std::string("unknown instruction set '") + name + "'; use auto, scalar, avx2 or avx512");
+    throw std::invalid_argument(std::string("unknown instruction set '") + name + "'; use auto, generic, avx2 or avx512");
 }
 
 }  // namespace spear
@@ -54,5 +54,5 @@ Isa parse_isa(const char* name) {
 void register_cpu_info(py::module_& module) {
     module.def(
         "isa", [] { return spear::isa_name(spear::detected_isa()); },
-        "Widest instruction set of this processor that the kernels use: scalar, avx2 or avx512.");
+        "Widest instruction set of this processor that the kernels use: generic, avx2 or avx512.");
 }

@@ -3,7 +3,7 @@
 
 namespace spear {
 
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2 };
+enum class Isa { generic = 0, avx2 = 1, avx512 = 2 };
 
 // The widest instruction set that the processor and the compiler support.
 Isa detected_isa();

@@ -1,0 +1,33 @@
+// Element types that arrive from torch by address.
+#pragma once
+
+#include <cstdint>
+
+namespace spear {
+
+// Storage of a bfloat16: the upper half of a float.
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+enum class Dtype { float32 = 0, bfloat16 = 1 };
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(Bfloat16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    __builtin_memcpy(&result, &bits, sizeof(result));
+    return result;
+}
+
+inline void assign(float& target, float value) { target = value; }
+
+// Rounds to nearest even; NaN stays NaN.
+inline void assign(Bfloat16& target, float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof(bits));
+    target.bits = static_cast<uint16_t>(value == value ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
+}
+
+}  // namespace spear
