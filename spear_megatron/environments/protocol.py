@@ -44,6 +44,7 @@ class StepResult:
     ``messages`` are appended to the running segment (tool responses). ``observation`` instead opens a new segment, for
     agents whose prompt is rebuilt at every step. ``done`` ends the episode. ``reward`` is the environment's own reward
     for the turn. ``error`` reports an infrastructure failure: the trajectory is excluded, never scored 0.
+    ``void`` goes with ``done`` and says that the turn held neither a tool call nor an answer.
     """
 
     messages: tuple[Mapping[str, Any], ...] = ()
@@ -53,6 +54,7 @@ class StepResult:
     num_tool_calls: int = 0
     num_tool_failures: int = 0
     error: str | None = None
+    void: bool = False
 
 
 @runtime_checkable

@@ -1,0 +1,202 @@
+"""Built-in tasks: arithmetic and number theory with integer answers, in five levels of difficulty.
+
+Everything follows from the seed. Whether a problem belongs to the training or to the validation split is decided by a
+hash of its text, so that the splits are disjoint for any seeds and sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from spear_megatron.parallel.seeds import derive_key
+
+Split = Literal["train", "val"]
+LEVELS = (1, 2, 3, 4, 5)
+_VAL_SHARE = 5  # one text in five belongs to the validation split
+_MAX_MISSES = 2_000  # draws without a new problem after which a level counts as exhausted
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """``program`` prints ``answer``; ``wrong_program`` is a plausible slip of it and prints ``wrong_answer``."""
+
+    id: str
+    text: str
+    answer: int
+    program: str
+    wrong_program: str
+    wrong_answer: int
+    level: int
+    family: str
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A kind of problem: how to draw its numbers, the question and the program about them, and the right result."""
+
+    name: str
+    level: int
+    draw: Callable[[Random], tuple[int, ...]]
+    question: str
+    program: str
+    solve: Callable[..., int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """Keys under ``data.generator``.
+
+    ``levels`` of difficulty (1 to 5) are drawn equally often. ``num_train`` and ``num_val`` problems, all different.
+    """
+
+    levels: tuple[int, ...] = (1, 2)
+    num_train: int = 4096
+    num_val: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        if not self.levels or not set(self.levels) <= set(LEVELS):
+            raise ValueError(f"data.generator.levels must be chosen from {list(LEVELS)}, got {list(self.levels)}")
+        for key in ("num_train", "num_val"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"data.generator.{key} must be at least 1, got {getattr(self, key)}")
+
+
+def generate_problems(config: GeneratorConfig, split: Split) -> list[Problem]:
+    """The problems of one split, in the order in which they were drawn.
+
+    Raises:
+        ValueError: the levels do not hold that many different problems.
+    """
+    rng = Random(derive_key(config.seed, f"generator/{split}"))
+    count = config.num_train if split == "train" else config.num_val
+    return draw_problems(rng, levels=config.levels, count=count, split=split)
+
+
+def draw_problems(rng: Random, *, levels: Sequence[int], count: int, split: Split) -> list[Problem]:
+    """``count`` different problems of ``split``, the levels in turn, families of a level equally often."""
+    problems: dict[str, Problem] = {}
+    misses = 0
+    while len(problems) < count:
+        level = levels[len(problems) % len(levels)]
+        family = rng.choice([family for family in FAMILIES if family.level == level])
+        problem = _draw_problem(rng, family)
+        if problem.text in problems or split_of(problem.text) != split:
+            misses += 1
+            if misses > _MAX_MISSES:
+                raise ValueError(
+                    f"the generator found only {len(problems)} different {split} problems of level {level}: "
+                    f"lower data.generator.num_{split} or add levels"
+                )
+            continue
+        misses = 0
+        problems[problem.text] = problem
+    return list(problems.values())
+
+
+def split_of(text: str) -> Split:
+    """The split that a problem's text belongs to."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return "val" if int.from_bytes(digest, "little") % _VAL_SHARE == 0 else "train"
+
+
+def _draw_problem(rng: Random, family: Family) -> Problem:
+    numbers = family.draw(rng)
+    text = family.question.format(*numbers)
+    digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    slipped = _slip(rng, family, numbers)
+    return Problem(
+        id=f"{family.name}-{digest}",
+        text=text,
+        answer=family.solve(*numbers),
+        program=family.program.format(*numbers),
+        wrong_program=family.program.format(*slipped),
+        wrong_answer=family.solve(*slipped),
+        level=family.level,
+        family=family.name,
+    )
+
+
+def _slip(rng: Random, family: Family, numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers with one digit of one of them replaced, so that the result differs where a few tries find such."""
+    answer = family.solve(*numbers)
+    for _ in range(20):
+        which = rng.randrange(len(numbers))
+        slipped = tuple(change_digit(rng, number) if i == which else number for i, number in enumerate(numbers))
+        if family.solve(*slipped) != answer:
+            break
+    return slipped
+
+
+def change_digit(rng: Random, number: int) -> int:
+    """``number`` with one decimal digit replaced by another; the leading digit stays above 0."""
+    sign, digits = (-1, str(-number)) if number < 0 else (1, str(number))
+    place = rng.randrange(len(digits))
+    choices = [digit for digit in "0123456789" if digit != digits[place] and (digit != "0" or place > 0)]
+    return sign * int(digits[:place] + rng.choice(choices) + digits[place + 1 :])
+
+
+def _digits(*lengths: int) -> Callable[[Random], tuple[int, ...]]:
+    """Numbers with the given counts of decimal digits, none below 2."""
+    return lambda rng: tuple(rng.randrange(max(2, 10 ** (n - 1)), 10**n) for n in lengths)
+
+
+def _multiples(rng: Random) -> tuple[int, ...]:
+    """Two three-digit numbers with a common factor."""
+    factor = rng.randrange(4, 40)
+    low, high = -(-100 // factor), 999 // factor
+    return factor * rng.randrange(low, high + 1), factor * rng.randrange(low, high + 1)
+
+
+def _divisors(number: int) -> int:
+    return sum(1 for candidate in range(1, number + 1) if number % candidate == 0)
+
+
+def _multiple_sum(step: int, limit: int) -> int:
+    return sum(range(step, limit + 1, step))
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("add2", 1, _digits(2, 2), "What is {} + {}?", "print({} + {})", lambda a, b: a + b),
+    Family("sub2", 1, _digits(2, 2), "What is {} - {}?", "print({} - {})", lambda a, b: a - b),
+    Family("mul1", 1, _digits(2, 1), "What is {} * {}?", "print({} * {})", lambda a, b: a * b),
+    Family("add3", 2, _digits(3, 3), "What is {} + {}?", "print({} + {})", lambda a, b: a + b),
+    Family("sub3", 2, _digits(3, 3), "What is {} - {}?", "print({} - {})", lambda a, b: a - b),
+    Family("mul2", 2, _digits(2, 2), "What is {} * {}?", "print({} * {})", lambda a, b: a * b),
+    Family("mod", 2, _digits(3, 2), "What is {} modulo {}?", "print({} % {})", lambda a, b: a % b),
+    Family(
+        "expr3", 3, _digits(2, 2, 2), "What is ({} + {}) * {}?", "print(({} + {}) * {})", lambda a, b, c: (a + b) * c
+    ),
+    Family(
+        "expr4", 3, _digits(2, 2, 2, 2), "What is {} * {} - {} * {}?", "print({} * {} - {} * {})",
+        lambda a, b, c, d: a * b - c * d,
+    ),
+    Family("div", 3, _digits(4, 2), "What is the quotient of {} by {}?", "print({} // {})", lambda a, b: a // b),
+    Family(
+        "gcd", 4, _multiples, "Find the greatest common divisor of {} and {}.",
+        "import math\nprint(math.gcd({}, {}))", math.gcd,
+    ),
+    Family(
+        "lcm", 4, _multiples, "Find the least common multiple of {} and {}.",
+        "import math\nprint(math.lcm({}, {}))", math.lcm,
+    ),
+    Family(
+        "digitsum", 4, _digits(3, 3), "Find the digit sum of {} * {}.", "print(sum(map(int, str({} * {}))))",
+        lambda a, b: sum(map(int, str(a * b))),
+    ),
+    Family("modpow", 5, _digits(2, 3, 2), "Find {} to the power {} modulo {}.", "print(pow({}, {}, {}))", pow),
+    Family(
+        "divisors", 5, _digits(3), "How many divisors has {}?",
+        "n = {}\nprint(sum(n % d == 0 for d in range(1, n + 1)))", _divisors,
+    ),
+    Family(
+        "multiples", 5, _digits(1, 3), "Find the sum of the multiples of {} up to {}.",
+        "step, limit = {}, {}\nprint(sum(range(step, limit + 1, step)))", _multiple_sum,
+    ),
+)

@@ -1,0 +1,140 @@
+"""Where tasks come from: JSONL files of id, problem, answer, or the built-in generator."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spear_megatron.data.generator import GeneratorConfig, Problem, Split, generate_problems
+from spear_megatron.data.jsonl import read_jsonl
+from spear_megatron.data.order import EpochOrder
+from spear_megatron.types import Prompt
+
+GENERATED = "generator"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Keys under ``data``.
+
+    ``train_files`` and ``val_files`` are JSONL files, one path or several; null takes the built-in generator's split.
+    ``train_batch_size`` counts prompts per training step, lengths count tokens. ``instruction`` is appended to every
+    problem. ``seed`` keys the order of the prompts.
+    """
+
+    train_files: tuple[str, ...] | None = None
+    val_files: tuple[str, ...] | None = None
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    train_batch_size: int = 64
+    max_prompt_length: int = 1024
+    max_response_length: int = 2048
+    shuffle: bool = True
+    seed: int = 0
+    instruction: str = ""
+
+    def __post_init__(self) -> None:
+        for key in ("train_files", "val_files"):
+            value = getattr(self, key)
+            if value is not None:
+                files = (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+                if not files:
+                    raise ValueError(f"data.{key} is an empty list: name files, or use null for generated problems")
+                object.__setattr__(self, key, files)
+        for key in ("train_batch_size", "max_prompt_length", "max_response_length"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"data.{key} must be at least 1, got {getattr(self, key)}")
+
+
+class PromptSource:
+    """An endless stream of prompts in an order that depends on the seed alone: the same on every rank."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
+        self.prompts = tuple(prompts)
+        self._order = EpochOrder(len(self.prompts), seed=seed, purpose="prompts", shuffle=shuffle)
+
+    @property
+    def position(self) -> int:
+        """Prompts taken so far: the stream index of the next one."""
+        return self._order.position
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next ``count`` prompts."""
+        return [self.prompts[index] for index in self._order.take(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the stream and the identity of the data."""
+        return {"order": self._order.state_dict(), "fingerprint": self._fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken; ValueError if the prompts, the seed or the shuffling are others."""
+        if state["fingerprint"] != self._fingerprint():
+            raise ValueError(
+                "cannot resume the prompt source: the prompts differ from those of the original run; "
+                "resume with its data files and data.* keys"
+            )
+        self._order.load_state_dict(state["order"])
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for prompt in self.prompts:
+            digest.update(repr((prompt.task_id, prompt.messages, prompt.answer)).encode())
+        return digest.hexdigest()
+
+
+def load_prompts(config: DataConfig, split: Split) -> list[Prompt]:
+    """All prompts of a split: from its files in order, or generated.
+
+    Raises:
+        ValueError: a row is not usable (named by file and line), an id occurs twice, or there are no rows.
+    """
+    files = config.train_files if split == "train" else config.val_files
+    if files is None:
+        return [_generated_prompt(problem, config.instruction) for problem in generate_problems(config.generator, split)]
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    for path in files:
+        for where, row in read_jsonl(path):
+            prompt = _prompt_of_row(row, where, Path(path).stem, config.instruction)
+            if prompt.task_id in seen:
+                raise ValueError(f"{where}: the id {prompt.task_id!r} was already used at {seen[prompt.task_id]}")
+            seen[prompt.task_id] = where
+            prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"data.{split}_files has no rows: {', '.join(files)}")
+    return prompts
+
+
+def _prompt_of_row(row: dict[str, Any], where: str, data_source: str, instruction: str) -> Prompt:
+    row = dict(row)
+    task_id, problem, answer = (row.pop(key, None) for key in ("id", "problem", "answer"))
+    if isinstance(task_id, bool) or not isinstance(task_id, (str, int)) or task_id == "":
+        raise ValueError(f"{where}: 'id' must be a non-empty string, got {_shown(task_id)}")
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError(f"{where}: 'problem' must be a non-empty string, got {_shown(problem)}")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise ValueError(f"{where}: 'answer' must be a non-empty string or a number, got {_shown(answer)}")
+    return Prompt(
+        task_id=str(task_id),
+        messages=({"role": "user", "content": problem + instruction},),
+        answer=str(answer),
+        data_source=data_source,
+        extra=row,
+    )
+
+
+def _generated_prompt(problem: Problem, instruction: str) -> Prompt:
+    return Prompt(
+        task_id=problem.id,
+        messages=({"role": "user", "content": problem.text + instruction},),
+        answer=str(problem.answer),
+        data_source=GENERATED,
+        extra={"level": problem.level, "family": problem.family},
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,54 @@
+"""Reading an answer out of a model turn and comparing it with the truth where no algebra is needed."""
+
+from __future__ import annotations
+
+import re
+
+_BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_DECORATION = re.compile(r"\\[,!;: ]|\\left|\\right|\\circ\b|\^\{\s*\}|[\s$°^]")
+_INTEGER = re.compile(r"([+-]?)0*(\d+)(?:\.0*)?")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:\{?,\}?\d{3})+(?:\.0*)?")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last ``\boxed{...}`` whose braces balance, stripped; None if there is none.
+
+    The last one is that which opens last. Escaped braces do not count. One pass over the text.
+    """
+    opened: list[int] = []  # where the content of each open brace starts; negative for braces that are not boxes
+    best: tuple[int, int] | None = None
+    for token in _BOX_TOKENS.finditer(text):
+        if token[0] == "}":
+            start = opened.pop() if opened else -1
+            if start >= 0 and (best is None or start > best[0]):
+                best = (start, token.start())
+        elif token[0] == "{":
+            opened.append(-1)
+        elif token[0].endswith("{") and token[0] != "\\{":
+            opened.append(token.end())
+    return None if best is None else text[best[0] : best[1]].strip()
+
+
+def canonical_integer(text: str) -> str | None:
+    """``text`` as a plain decimal integer, or None if it is not one.
+
+    Dollar signs, spaces, degree signs, thousands separators, a plus sign, leading zeros and a decimal part of zeros
+    are dropped.
+    """
+    plain = _DECORATION.sub("", text)
+    if _THOUSANDS.fullmatch(plain):
+        plain = plain.replace("{,}", "").replace(",", "")
+    found = _INTEGER.fullmatch(plain)
+    if found is None or not plain.isascii():
+        return None
+    return ("-" if found[1] == "-" and found[2] != "0" else "") + found[2]
+
+
+def quick_verdict(answer: str, truth: str) -> bool | None:
+    """Whether the two are equal, by text or as integers; None where that does not decide."""
+    if not answer:
+        return False
+    if answer.strip() == truth.strip():
+        return True
+    left, right = canonical_integer(answer), canonical_integer(truth)
+    return left == right if left is not None and right is not None else None
