@@ -1,0 +1,60 @@
+"""Loads the compiled module spear_megatron._C and reports what this installation can use."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled module and "", or None and the reason why it cannot be used."""
+    import torch  # noqa: F401  its OpenMP runtime must be the one that the kernels find
+
+    try:
+        return importlib.import_module("spear_megatron._C"), ""
+    except ModuleNotFoundError:
+        return None, f"the compiled kernels (spear_megatron._C) are not built; run `{BUILD_COMMAND}` in the repository"
+    except ImportError as error:
+        return None, f"spear_megatron._C cannot be loaded ({error}); rebuild it with `{BUILD_COMMAND}` in the repository"
+
+
+def compiled_module() -> ModuleType:
+    """The module spear_megatron._C. Raises RuntimeError with the build command when it is missing or broken."""
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def missing_reason() -> str:
+    """Why the compiled module cannot be used, with the remedy; empty when it can."""
+    return _load()[1]
+
+
+@functools.cache
+def warn_slow_path(reason: str) -> None:
+    """Tell once per process and reason that an eager implementation stands in for a compiled kernel."""
+    warnings.warn(f"{reason}; the slower eager implementation is used", RuntimeWarning, stacklevel=4)
+
+
+def available() -> dict[str, Any]:
+    """What ``implementation="auto"`` uses here.
+
+    Returns:
+        ``compiled``: whether spear_megatron._C loads; ``reason``: why not, with the remedy, else ""; ``isa``: the
+        instruction set of the compiled CPU kernels (generic, avx2, avx512) or None; and per operation a mapping
+        from device type to "compiled" or "eager".
+    """
+    module, reason = _load()
+    return {
+        "compiled": module is not None,
+        "reason": reason,
+        "isa": None if module is None else module.isa(),
+        "token_logprobs": {"cpu": "eager" if module is None else "compiled", "cuda": "eager"},
+    }

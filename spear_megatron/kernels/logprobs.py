@@ -1,0 +1,165 @@
+"""Log-probability of given tokens, and the entropy, straight from vocabulary-parallel logits."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spear_megatron.kernels import logprobs_compiled, logprobs_eager
+from spear_megatron.kernels.extension import missing_reason, warn_slow_path
+from spear_megatron.kernels.softmax_stats import VocabShard, merge_stats
+
+IMPLEMENTATIONS = ("auto", "compiled", "eager")
+
+
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    valid_vocab: int | None = None,
+    with_entropy: bool = True,
+    group: dist.ProcessGroup | None = None,
+    implementation: str = "auto",
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of one target per row of logits and the entropy of the row, both differentiable.
+
+    The forward pass reads the logits once and keeps three numbers per row; the backward pass recomputes the softmax
+    from the logits. Nothing of size [T, V] is stored besides the logits and their gradient.
+
+    Args:
+        logits: [T, V_local], fp32 or bf16 (eager also fp16 and fp64); rows of any stride, last dimension of stride 1.
+            With a group, rank r holds the columns [r * V_local, (r + 1) * V_local) of the vocabulary.
+        targets: int64 [T], global token ids below ``valid_vocab``. Out-of-range ids raise on the CPU; elsewhere,
+            where a check would have to wait for the device, their log-prob is -inf.
+        temperature: the logits are divided by it, as in sampling.
+        valid_vocab: number of real columns of the whole vocabulary; the padding columns after them take no part and
+            get a gradient of exactly 0. None: all columns are real.
+        with_entropy: False skips the entropy and returns None in its place.
+        group: tensor-parallel process group; None or one of size 1 means that every column is here. The forward pass
+            makes one all-gather of [T, 4] fp32, the backward pass none: every rank must receive the same gradient
+            of the results, as when all of them compute the same loss.
+        implementation: "auto" takes the compiled kernel on the CPU and the eager one on other devices; where the
+            compiled one cannot be used on the CPU (not built, other dtype) it warns once and takes the eager one.
+            "compiled" raises instead, "eager" never uses the compiled kernels. `available` tells what "auto" takes.
+        inplace_backward: the backward pass overwrites the logits with their gradient instead of allocating [T, V].
+            Only for logits that nothing else reads afterwards; autograd detects a later backward use of them.
+
+    Returns:
+        Log-probs [T] and entropies in nats [T] (or None): fp32, fp64 for fp64 logits. NaN for rows with a NaN or
+        +inf logit or without any finite logit.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or values outside of what is described above.
+        RuntimeError: ``implementation="compiled"`` and the compiled kernels are missing or do not fit.
+    """
+    _check(logits, targets, temperature, implementation)
+    world = dist.get_world_size(group) if group is not None else 1
+    rank = dist.get_rank(group) if world > 1 else 0
+    vocab = logits.shape[1] * world
+    valid = vocab if valid_vocab is None else valid_vocab
+    if not 0 < valid <= vocab:
+        raise ValueError(f"valid_vocab={valid} must be between 1 and the {vocab} columns of the logits")
+    if targets.device.type == "cpu" and targets.numel() > 0:
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < 0 or high >= valid:
+            raise ValueError(f"targets must be token ids in [0, {valid}), found {low if low < 0 else high}")
+    if inplace_backward and 0 < logits.stride(0) < logits.shape[1]:
+        raise ValueError("inplace_backward needs logits whose rows do not overlap; pass a contiguous tensor")
+    first = rank * logits.shape[1]
+    shard = VocabShard(first_column=first, columns=min(max(valid - first, 0), logits.shape[1]))
+    backend = _backend(logits, implementation)
+    log_probs, entropy = _TokenLogprobs.apply(
+        logits, targets.contiguous(), shard, temperature, with_entropy, group if world > 1 else None, backend,
+        inplace_backward,
+    )  # fmt: skip
+    return log_probs, entropy
+
+
+def _check(logits: Tensor, targets: Tensor, temperature: float, implementation: str) -> None:
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating [T, V], not {logits.dtype} {list(logits.shape)}")
+    if logits.shape[1] == 0:
+        raise ValueError("logits have no vocabulary columns")
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise ValueError("the last dimension of the logits must have stride 1; call .contiguous() first")
+    if targets.dtype != torch.int64 or targets.shape != logits.shape[:1] or targets.device != logits.device:
+        raise ValueError(
+            f"targets must be int64 [{logits.shape[0]}] on {logits.device}, "
+            f"not {targets.dtype} {list(targets.shape)} on {targets.device}"
+        )
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature} must be finite and > 0")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def _backend(logits: Tensor, implementation: str) -> ModuleType:
+    """The module whose `row_stats` and `logits_grad` do the work."""
+    if implementation == "eager" or (implementation == "auto" and logits.device.type != "cpu"):
+        return logprobs_eager
+    unfit = missing_reason()
+    if logits.device.type != "cpu" or logits.dtype not in logprobs_compiled.DTYPE_CODES:
+        unfit = f"no compiled token_logprobs for {logits.dtype} on {logits.device.type}"
+    if not unfit:
+        return logprobs_compiled
+    if implementation == "compiled":
+        raise RuntimeError(unfit)
+    warn_slow_path(unfit)
+    return logprobs_eager
+
+
+def _gather(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Statistics of every shard in rank order, [num_shards, T, 4]; the same bits on every rank."""
+    if group is None:
+        return stats.unsqueeze(0)
+    parts = [torch.empty_like(stats) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, stats, group=group)
+    return torch.stack(parts)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        shard: VocabShard,
+        temperature: float,
+        with_entropy: bool,
+        group: dist.ProcessGroup | None,
+        backend: ModuleType,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        stats = backend.row_stats(logits, targets, shard, temperature, with_entropy)
+        result = merge_stats(_gather(stats, group), temperature)
+        entropy = result.entropy if with_entropy else torch.zeros_like(result.total)
+        saved = torch.stack((result.maximum, result.total, entropy), dim=1).to(stats.dtype)
+        ctx.save_for_backward(logits, targets, saved)
+        ctx.set_materialize_grads(False)
+        ctx.shard, ctx.temperature, ctx.backend, ctx.inplace = shard, temperature, backend, inplace_backward
+        return result.log_probs.to(stats.dtype), entropy.to(stats.dtype) if with_entropy else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, targets, saved = ctx.saved_tensors
+        row_grads = saved.new_zeros((saved.shape[0], 5))
+        row_grads[:, :3] = saved
+        if grad_log_probs is not None:
+            row_grads[:, 3] = grad_log_probs
+        if grad_entropy is not None:
+            row_grads[:, 4] = grad_entropy
+        logits = logits.detach()
+        out = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        ctx.backend.logits_grad(logits, targets, ctx.shard, ctx.temperature, row_grads, out)
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return out, None, None, None, None, None, None, None
