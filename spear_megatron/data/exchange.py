@@ -1,0 +1,165 @@
+"""One payload exchange among data-parallel ranks: ragged tensors move from where they were born to where they are used.
+
+Leaders trade flat byte buffers in one all-to-all (gloo); the owner then broadcasts what it received to the ranks that
+share its model copy. Rows of the training batch and whole replayed trajectories travel the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from spear_megatron.data.packing import RowKey, row_key
+from spear_megatron.parallel.state import ParallelState
+from spear_megatron.types import Row, TrajectoryId
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """Something that can travel: named CPU tensors of any shape and dtype, and JSON-serialisable ``fields``."""
+
+    tensors: Mapping[str, torch.Tensor]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def encode_records(records: Sequence[TensorRecord]) -> torch.Tensor:
+    """Records as one uint8 [bytes] buffer (a safetensors file in memory); empty for no record."""
+    if not records:
+        return torch.empty(0, dtype=torch.uint8)
+    from safetensors.torch import save
+
+    tensors = {f"{i}/{name}": tensor.contiguous() for i, record in enumerate(records) for name, tensor in record.tensors.items()}
+    header = {"records": json.dumps([dict(record.fields) for record in records])}
+    return torch.frombuffer(bytearray(save(tensors, metadata=header)), dtype=torch.uint8)
+
+
+def decode_records(buffer: torch.Tensor) -> list[TensorRecord]:
+    """Inverse of :func:`encode_records`; the records own their memory."""
+    if len(buffer) == 0:
+        return []
+    from safetensors.torch import load
+
+    data = buffer.numpy().tobytes()
+    header_bytes = int.from_bytes(data[:8], "little")
+    fields = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["records"])
+    tensors: list[dict[str, torch.Tensor]] = [{} for _ in fields]
+    for key, tensor in load(data).items():
+        position, name = key.split("/", 1)
+        tensors[int(position)][name] = tensor
+    return [TensorRecord(tensors=part, fields=values) for part, values in zip(tensors, fields, strict=True)]
+
+
+def exchange(
+    payloads: Sequence[tuple[int, TensorRecord]], parallel: ParallelState, *, phase: str, timeout_s: float
+) -> list[TensorRecord]:
+    """Send every record to a data-parallel rank; collective over all ranks, called by the main thread.
+
+    Args:
+        payloads: (destination data-parallel rank, record); only leaders may have any, and a leader may have none.
+        parallel: coordinates and groups of this rank.
+        phase: what is being exchanged, for error messages.
+        timeout_s: deadline of the whole exchange.
+
+    Returns:
+        What was sent to this data-parallel rank, equal on all ranks that share its model copy; ordered by sender, then as
+        sent.
+
+    Raises:
+        ValueError: a destination does not exist, or a rank that is not a leader has payloads.
+        TimeoutError: peers did not take part in time; names phase and rank.
+    """
+    if payloads and not parallel.is_leader:
+        raise ValueError(f"Rank {parallel.rank} is not a data-parallel leader and must have nothing to send in '{phase}'.")
+    outgoing: list[list[TensorRecord]] = [[] for _ in range(parallel.dp_size)]
+    for destination, record in payloads:
+        if not 0 <= destination < parallel.dp_size:
+            raise ValueError(f"'{phase}' names data-parallel rank {destination}, but there are {parallel.dp_size}.")
+        outgoing[destination].append(record)
+    deadline = timedelta(seconds=timeout_s)
+    received: list[torch.Tensor] = []
+    if parallel.is_leader:
+        buffers = [encode_records(records) for records in outgoing]
+        received = _all_to_all(buffers, parallel, phase, deadline) if parallel.dp_size > 1 else buffers
+    if parallel.tp_size * parallel.pp_size > 1:
+        received = _broadcast(received, parallel, phase, deadline)
+    return [record for buffer in received for record in decode_records(buffer)]
+
+
+def _all_to_all(
+    buffers: Sequence[torch.Tensor], parallel: ParallelState, phase: str, deadline: timedelta
+) -> list[torch.Tensor]:
+    group = parallel.leader_group
+    sent = torch.tensor([len(buffer) for buffer in buffers], dtype=torch.int64)
+    incoming = torch.empty_like(sent)
+    _wait(dist.all_to_all_single(incoming, sent, group=group, async_op=True), parallel, f"{phase} (sizes)", deadline)
+    sizes = [int(size) for size in incoming]
+    result = torch.empty(sum(sizes), dtype=torch.uint8)
+    work = dist.all_to_all_single(result, torch.cat(list(buffers)), sizes, sent.tolist(), group=group, async_op=True)
+    _wait(work, parallel, f"{phase} (payload)", deadline)
+    return list(result.split(sizes))
+
+
+def _broadcast(
+    buffers: Sequence[torch.Tensor], parallel: ParallelState, phase: str, deadline: timedelta
+) -> list[torch.Tensor]:
+    # The model group may be NCCL, which moves device memory only.
+    device = parallel.platform.device
+    sizes = torch.zeros(parallel.dp_size, dtype=torch.int64, device=device)
+    if parallel.is_leader:
+        sizes.copy_(torch.tensor([len(buffer) for buffer in buffers], dtype=torch.int64))
+    source, group = parallel.leader_rank, parallel.model_group
+    _wait(dist.broadcast(sizes, source, group=group, async_op=True), parallel, f"{phase} (peer sizes)", deadline)
+    lengths = [int(size) for size in sizes]
+    flat = torch.cat(list(buffers)).to(device) if parallel.is_leader else torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+    _wait(dist.broadcast(flat, source, group=group, async_op=True), parallel, f"{phase} (peer payload)", deadline)
+    return list(flat.cpu().split(lengths))
+
+
+def _wait(work: Any, parallel: ParallelState, phase: str, deadline: timedelta) -> None:
+    try:
+        work.wait(deadline)
+    except RuntimeError as error:
+        raise TimeoutError(
+            f"Rank {parallel.rank} (data-parallel {parallel.dp_rank}) did not finish '{phase}' within "
+            f"{deadline.total_seconds():.0f} s: {error}"
+        ) from error
+
+
+_ROW_TENSORS = ("ids", "response_mask", "rollout_log_probs", "advantages", "old_log_probs", "ref_log_probs")
+
+
+def row_to_record(row: Row) -> TensorRecord:
+    """A row as a record; log-probs that are not there yet stay away."""
+    tensors = {name: getattr(row, name) for name in _ROW_TENSORS if getattr(row, name) is not None}
+    return TensorRecord(tensors=tensors, fields={"trajectory": list(row.trajectory), "segment": row.segment})
+
+
+def record_to_row(record: TensorRecord) -> Row:
+    """Inverse of :func:`row_to_record`."""
+    return Row(
+        trajectory=TrajectoryId(*record.fields["trajectory"]), segment=record.fields["segment"], **dict(record.tensors)
+    )
+
+
+def redistribute(
+    rows: Sequence[Row], destination: Mapping[RowKey, int], parallel: ParallelState, *, timeout_s: float
+) -> list[Row]:
+    """Bring every row of the step to the data-parallel rank that trains on it.
+
+    Args:
+        rows: rows born on this rank (none on ranks that are not leaders).
+        destination: data-parallel rank of every row of the step, by (trajectory, segment).
+        parallel, timeout_s: as in :func:`exchange`.
+
+    Returns:
+        This data-parallel rank's rows sorted by id, equal on all ranks that share its model copy.
+    """
+    payloads = [(destination[row_key(row)], row_to_record(row)) for row in rows]
+    records = exchange(payloads, parallel, phase="balance rows", timeout_s=timeout_s)
+    return sorted((record_to_row(record) for record in records), key=row_key)

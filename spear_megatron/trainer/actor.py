@@ -1,0 +1,290 @@
+"""The policy on this rank: log-probs of rows and optimizer steps on rows, the same result in every layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from spear_megatron.algorithms.aggregation import Totals, count_totals, token_weights
+from spear_megatron.data.packing import WeightedRow, pack, packed_length, plan_packing, row_key, unpack
+from spear_megatron.device.cpu_shim import megatron_on_cpu
+from spear_megatron.kernels import token_logprobs
+from spear_megatron.parallel.agreement import agree_any
+from spear_megatron.parallel.state import ParallelState
+from spear_megatron.trainer.config import ActorConfig
+from spear_megatron.trainer.figures import Figures, StepFigures, reduce_figures
+from spear_megatron.trainer.losses import MicroBatchLoss, PolicyLoss, figure, rollout_difference, supervised_loss
+from spear_megatron.trainer.optimizer import PolicyOptimizer
+from spear_megatron.trainer.reference import Reference
+from spear_megatron.trainer.schedule import run_forward, run_forward_backward
+from spear_megatron.types import MicroBatch, Row, TrainBatch
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """Outcome of one optimizer step, equal on every rank.
+
+    Attributes:
+        skipped: None, or why weights, optimizer and schedule are untouched on every rank: ``nonfinite`` (loss or gradient) or
+            ``empty`` (no sampled token anywhere).
+        metrics: figures over all ranks; loss and gradient norm may be non-finite when skipped.
+    """
+
+    skipped: str | None
+    metrics: dict[str, float]
+
+
+class Actor:
+    """Model chunks with their optimizer. Every method is collective: all ranks call it, in the same order.
+
+    Rows given to a method are this data-parallel rank's share (maybe none), the same on all ranks of its model copy.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: PolicyOptimizer,
+        parallel: ParallelState,
+        config: ActorConfig,
+        *,
+        valid_vocab: int,
+        temperature: float,
+        max_response_length: int,
+    ) -> None:
+        """Bind what an update needs.
+
+        Args:
+            chunks: Megatron model chunks of this rank, wrapped in its DistributedDataParallel.
+            valid_vocab: entries of the vocabulary without padding.
+            temperature: of sampling; logits are divided by it before every log-prob (supervised updates use 1).
+            max_response_length: the constant L of seq-mean-token-sum-norm, in tokens.
+        """
+        self.chunks = list(chunks)
+        self.optimizer = optimizer
+        self._parallel = parallel
+        self._config = config
+        self._valid_vocab = valid_vocab
+        self._temperature = temperature
+        self._max_response_length = max_response_length
+
+    def log_probs(self, rows: Sequence[Row]) -> tuple[list[Row], dict[str, float]]:
+        """Rows with ``old_log_probs`` of the current weights, in the given order, and what they tell.
+
+        Metrics: ``actor/entropy`` (mean over sampled tokens) and the difference to the engine's log-probs.
+        """
+        values, figures = self._evaluate(rows, with_entropy=True)
+        filled = [replace(row, old_log_probs=value) for row, value in zip(rows, values, strict=True)]
+        return filled, {"actor/entropy": figures.mean("entropy"), **_rollout_metrics(figures)}
+
+    def reference_log_probs(self, rows: Sequence[Row], reference: Reference) -> list[Row]:
+        """Rows with ``ref_log_probs`` of the reference weights, in the given order."""
+        with reference.swapped_in(self.chunks):
+            values, _ = self._evaluate(rows, with_entropy=False)
+        return [replace(row, ref_log_probs=value) for row, value in zip(rows, values, strict=True)]
+
+    def update(self, rows: Sequence[Row], *, on_policy: bool = False) -> UpdateResult:
+        """One optimizer step on the rows of one mini-batch.
+
+        Args:
+            rows: with advantages, ``old_log_probs`` unless ``on_policy``, ``ref_log_probs`` when the loss has a KL term.
+            on_policy: this is the step's first update, so the old log-probs are the current ones and need no pass.
+
+        Raises:
+            ValueError: a row lacks log-probs that the loss needs.
+        """
+        figures, norm = self.policy_gradients(rows, on_policy=on_policy)
+        skipped = self._apply(figures, norm)
+        return UpdateResult(skipped, self._policy_metrics(figures, norm) if skipped != "empty" else {})
+
+    def policy_gradients(
+        self, rows: Sequence[Row], *, on_policy: bool = False, all_reduce_gradients: bool = False
+    ) -> tuple[StepFigures, float]:
+        """Loss figures and global gradient norm of a mini-batch; the gradients stay in the model, nothing is applied.
+
+        Args:
+            rows, on_policy: as in :meth:`update`.
+            all_reduce_gradients: leave whole gradients on every rank under the distributed optimizer, for inspection.
+        """
+        config = self._config
+        self._require(rows, on_policy)
+        totals = self._totals(rows)
+        low, high = config.clip_range
+        loss = PolicyLoss(
+            clip_ratio_low=low,
+            clip_ratio_high=high,
+            clip_ratio_c=config.clip_ratio_c,
+            entropy_weight=config.entropy_coeff / max(totals.num_tokens, 1),
+            kl_coef=config.kl_loss_coef if config.use_kl_loss else 0.0,
+            kl_kind=config.kl_loss_type,
+            on_policy=on_policy,
+        )
+        weighted = self._weigh(rows, totals, config.loss_agg_mode)
+        return self._gradients(
+            weighted, totals, loss, temperature=self._temperature, with_entropy=True, all_reduce_gradients=all_reduce_gradients
+        )
+
+    def sft_update(self, rows: Sequence[Row]) -> UpdateResult:
+        """One optimizer step of masked cross-entropy, the mean over all tokens to learn of all ranks."""
+        totals = self._totals(rows)
+        weighted = self._weigh(rows, totals, "token-mean")
+        lr = self.optimizer.lr
+        figures, norm = self._gradients(weighted, totals, supervised_loss, temperature=1.0, with_entropy=False)
+        skipped = self._apply(figures, norm)
+        if skipped == "empty":
+            return UpdateResult(skipped, {})
+        metrics = {"sft/loss": figures.sums["loss"], "sft/grad_norm": norm, "sft/lr": lr, "sft/tokens": figures.sums["tokens"]}
+        return UpdateResult(skipped, metrics)
+
+    def _require(self, rows: Sequence[Row], on_policy: bool) -> None:
+        for row in rows:
+            if row.old_log_probs is None and not on_policy:
+                raise ValueError(f"Row {row.trajectory}/{row.segment} has no old_log_probs; call Actor.log_probs first.")
+            if row.ref_log_probs is None and self._config.use_kl_loss:
+                raise ValueError(
+                    f"Row {row.trajectory}/{row.segment} has no ref_log_probs, which use_kl_loss needs; "
+                    "call Actor.reference_log_probs first."
+                )
+
+    def _totals(self, rows: Sequence[Row]) -> Totals:
+        return count_totals([row.response_mask for row in rows], self._sum_over_leaders)
+
+    def _weigh(self, rows: Sequence[Row], totals: Totals, mode: str) -> list[WeightedRow]:
+        length = self._max_response_length
+        return [
+            WeightedRow(row, token_weights(row.response_mask, mode=mode, totals=totals, max_response_length=length))
+            for row in rows
+        ]
+
+    def _gradients(
+        self,
+        rows: Sequence[WeightedRow],
+        totals: Totals,
+        loss: MicroBatchLoss,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        all_reduce_gradients: bool = False,
+    ) -> tuple[StepFigures, float]:
+        if totals.num_tokens == 0:
+            return StepFigures({"tokens": 0.0}, {}), 0.0
+
+        def compute(logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
+            log_probs, entropy = self._token_log_probs(logits, batch, temperature, with_entropy)
+            return loss(log_probs, entropy, batch)
+
+        with megatron_on_cpu():
+            self.optimizer.zero_grad()
+            batch = self._pack(rows)
+            parts = run_forward_backward(
+                self.chunks, batch, compute, self._parallel, all_reduce_gradients=all_reduce_gradients
+            )
+            norm = self.optimizer.gradient_norm()
+        return reduce_figures(parts, self._parallel), norm
+
+    def _apply(self, figures: StepFigures, norm: float) -> str | None:
+        """Update the weights unless all ranks agree not to; why not, or None."""
+        if figures.sums["tokens"] == 0:
+            return "empty"
+        if agree_any(self._parallel, not (math.isfinite(norm) and math.isfinite(figures.sums["loss"]))):
+            return "nonfinite"
+        with megatron_on_cpu():
+            self.optimizer.apply(norm)
+        return None
+
+    def _evaluate(self, rows: Sequence[Row], *, with_entropy: bool) -> tuple[list[torch.Tensor], StepFigures]:
+        """Log-probs of every row (float32 [n] on the host, 0 off its mask) on all ranks, and figures over all ranks."""
+        ordered = sorted(rows, key=row_key)
+        batch = self._pack([WeightedRow(row, torch.zeros(len(row.ids))) for row in ordered])
+
+        def read(logits: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
+            log_probs, entropy = self._token_log_probs(logits, micro_batch, self._temperature, with_entropy)
+            mask = micro_batch.loss_mask
+            sums, maxima = rollout_difference(log_probs[mask], micro_batch.rollout_log_probs[mask])
+            sums["tokens"] = figure(mask)
+            if entropy is not None:
+                sums["entropy"] = figure(entropy[mask])
+            return log_probs.float(), Figures(sums, maxima)
+
+        results = run_forward(self.chunks, batch, read, self._parallel)
+        values = self._share_last_stage([log_probs for log_probs, _ in results], batch)
+        figures = reduce_figures([part for _, part in results], self._parallel)
+        return unpack(batch, values, rows), figures
+
+    def _token_log_probs(
+        self, logits: torch.Tensor, batch: MicroBatch, temperature: float, with_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        parallel = self._parallel
+        return token_logprobs(
+            logits,
+            batch.targets,
+            temperature=temperature,
+            valid_vocab=self._valid_vocab,
+            with_entropy=with_entropy,
+            group=parallel.tp_group if parallel.tp_size > 1 else None,
+        )
+
+    def _share_last_stage(self, values: Sequence[torch.Tensor], batch: TrainBatch) -> list[torch.Tensor]:
+        """Per-micro-batch results of the last stage on every stage, on the host."""
+        parallel = self._parallel
+        shape = (len(batch.micro_batches), len(batch.micro_batches[0].tokens))
+        if parallel.pp_size == 1:
+            return [value.cpu() for value in values]
+        stacked = torch.stack(list(values)) if values else torch.empty(shape, device=parallel.platform.device)
+        last = dist.get_process_group_ranks(parallel.pp_group)[-1]
+        dist.broadcast(stacked, last, group=parallel.pp_group)
+        return list(stacked.cpu())
+
+    def _pack(self, rows: Sequence[WeightedRow]) -> TrainBatch:
+        parallel, megatron = self._parallel, self._config.megatron
+        ordered = sorted(rows, key=lambda item: row_key(item.row))
+        plan = plan_packing(
+            [packed_length(item.row.response_mask) for item in ordered],
+            max_tokens=self._config.ppo_max_token_len_per_gpu,
+            length_multiple=parallel.tp_size if megatron.sequence_parallel else 1,
+            count_multiple=parallel.pp_size if parallel.vpp_size else 1,
+            reduce_max=self._max_over_ranks,
+        )
+        return pack(ordered, plan)
+
+    def _sum_over_leaders(self, values: torch.Tensor) -> torch.Tensor:
+        if not self._parallel.is_leader:
+            values = torch.zeros_like(values)
+        if self._parallel.world_size > 1:
+            dist.all_reduce(values, group=self._parallel.cpu_group)
+        return values
+
+    def _max_over_ranks(self, count: int) -> int:
+        value = torch.tensor(count, dtype=torch.int64)
+        if self._parallel.world_size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._parallel.cpu_group)
+        return int(value)
+
+    def _policy_metrics(self, figures: StepFigures, norm: float) -> dict[str, float]:
+        metrics = {
+            "actor/loss": figures.sums["loss"],
+            "actor/pg_loss": figures.sums["pg_loss"],
+            "actor/entropy": figures.mean("entropy"),
+            "actor/pg_clipfrac": figures.mean("clipped"),
+            "actor/pg_clipfrac_lower": figures.mean("dual_clipped"),
+            "actor/ppo_kl": -figures.mean("log_ratio"),
+            "actor/grad_norm": norm,
+            "actor/lr": self.optimizer.lr,
+            "actor/tokens": figures.sums["tokens"],
+            **_rollout_metrics(figures),
+        }
+        if "kl_loss" in figures.sums:
+            metrics["actor/kl_loss"] = figures.sums["kl_loss"]
+            metrics["actor/ref_kl"] = figures.mean("ref_kl")
+        return metrics
+
+
+def _rollout_metrics(figures: StepFigures) -> dict[str, float]:
+    return {
+        "training/rollout_log_probs_diff_mean": figures.mean("rollout_log_probs_diff"),
+        "training/rollout_log_probs_diff_max": figures.maxima.get("rollout_log_probs_diff", 0.0),
+        "training/rollout_probs_diff_mean": figures.mean("rollout_probs_diff"),
+    }

@@ -1,0 +1,106 @@
+"""Keys of ``actor_rollout_ref.actor.*``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spear_megatron.algorithms.aggregation import AGGREGATION_MODES
+from spear_megatron.algorithms.kl import check_kl_kind
+from spear_megatron.parallel.config import MegatronConfig
+
+_PREFIX = "actor_rollout_ref.actor"
+_DECAY_STYLES = ("constant", "linear", "cosine")
+_KERNELS = ("auto", "eager")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """``actor_rollout_ref.actor.optim.*``: AdamW and its learning-rate schedule, counted in optimizer steps.
+
+    Attributes:
+        lr: peak learning rate. weight_decay: decoupled, on matrices only. betas: of Adam.
+        clip_grad: bound of the global gradient norm; 0 does not clip.
+        lr_warmup_steps: linear rise from lr / lr_warmup_steps. lr_decay_style: constant, linear or cosine, down to ``min_lr`` at
+            the last step of the run.
+    """
+
+    lr: float = 1e-6
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: float = 1.0
+    lr_warmup_steps: int = 0
+    lr_decay_style: str = "constant"
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"{_PREFIX}.optim.lr must be positive, got {self.lr}.")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"{_PREFIX}.optim.min_lr must lie between 0 and lr, got {self.min_lr}.")
+        if self.weight_decay < 0 or self.clip_grad < 0 or self.lr_warmup_steps < 0:
+            raise ValueError(f"{_PREFIX}.optim.weight_decay, clip_grad and lr_warmup_steps must not be negative.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"{_PREFIX}.optim.betas must be two numbers in [0, 1), got {list(self.betas)}.")
+        if self.lr_decay_style not in _DECAY_STYLES:
+            raise ValueError(
+                f"{_PREFIX}.optim.lr_decay_style is {self.lr_decay_style!r}; use one of {', '.join(_DECAY_STYLES)}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig:
+    """``actor_rollout_ref.actor.*``: the policy update.
+
+    Attributes:
+        ppo_mini_batch_size: prompts of one optimizer step. ppo_epochs: passes over a step's rows.
+        ppo_max_token_len_per_gpu: token budget of one packed micro-batch.
+        clip_ratio: PPO clip range; ``clip_ratio_low`` and ``clip_ratio_high`` replace it on their side when set.
+        clip_ratio_c: dual-clip bound for negative advantages.
+        loss_agg_mode: a name of :data:`spear_megatron.algorithms.aggregation.AGGREGATION_MODES`.
+        entropy_coeff: weight of the entropy bonus, the mean over sampled tokens.
+        use_kl_loss, kl_loss_coef, kl_loss_type: KL to the initial weights in the loss, aggregated like the surrogate.
+        kernels: ``auto`` takes the compiled kernels where they serve, ``eager`` plain torch.
+    """
+
+    ppo_mini_batch_size: int = 64
+    ppo_epochs: int = 1
+    ppo_max_token_len_per_gpu: int = 16384
+    clip_ratio: float = 0.2
+    clip_ratio_low: float | None = None
+    clip_ratio_high: float | None = None
+    clip_ratio_c: float = 3.0
+    loss_agg_mode: str = "token-mean"
+    entropy_coeff: float = 0.0
+    use_kl_loss: bool = False
+    kl_loss_coef: float = 0.001
+    kl_loss_type: str = "low_var_kl"
+    kernels: str = "auto"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("ppo_mini_batch_size", "ppo_epochs", "ppo_max_token_len_per_gpu"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_PREFIX}.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{_PREFIX}.{name} must not be negative, got {value}.")
+        if self.clip_ratio_c <= 1.0:
+            raise ValueError(f"{_PREFIX}.clip_ratio_c must be larger than 1, got {self.clip_ratio_c}.")
+        if self.loss_agg_mode not in AGGREGATION_MODES:
+            raise ValueError(
+                f"{_PREFIX}.loss_agg_mode is {self.loss_agg_mode!r}; use one of {', '.join(AGGREGATION_MODES)}."
+            )
+        if self.kl_loss_coef < 0:
+            raise ValueError(f"{_PREFIX}.kl_loss_coef must not be negative, got {self.kl_loss_coef}.")
+        check_kl_kind(f"{_PREFIX}.kl_loss_type", self.kl_loss_type)
+        if self.kernels not in _KERNELS:
+            raise ValueError(f"{_PREFIX}.kernels is {self.kernels!r}; use one of {', '.join(_KERNELS)}.")
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(low, high): the ratio is clipped to [1 - low, 1 + high]."""
+        low = self.clip_ratio if self.clip_ratio_low is None else self.clip_ratio_low
+        high = self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
+        return low, high

@@ -1,0 +1,138 @@
+"""Drives Megatron's pipeline schedules over packed micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from spear_megatron.device.cpu_shim import megatron_on_cpu
+from spear_megatron.parallel.state import ParallelState
+from spear_megatron.types import MicroBatch, TrainBatch
+
+LogitsLoss = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, Any]]
+"""(logits [T, V / TP], micro-batch) -> (scalar loss, anything to hand back)."""
+
+_TENSORS = (
+    "tokens",
+    "targets",
+    "position_ids",
+    "cu_seqlens",
+    "loss_mask",
+    "token_weight",
+    "advantages",
+    "old_log_probs",
+    "rollout_log_probs",
+    "ref_log_probs",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    index: int
+    batch: MicroBatch
+    packed: Any
+
+
+def run_forward_backward(
+    chunks: Sequence[torch.nn.Module],
+    batch: TrainBatch,
+    loss: LogitsLoss,
+    parallel: ParallelState,
+    *,
+    all_reduce_gradients: bool = False,
+) -> list[Any]:
+    """Forward and backward over all micro-batches, gradients finalized over all ranks.
+
+    The loss of the step is the sum over micro-batches and data-parallel ranks: nothing divides by a count, because the
+    third value handed to Megatron (the token count) is 0 and ``calculate_per_token_loss`` is set.
+
+    Args:
+        all_reduce_gradients: leave whole summed gradients on every rank also under the distributed optimizer, which
+            otherwise keeps a shard.
+
+    Returns:
+        What ``loss`` handed back, by micro-batch, on the last pipeline stage; an empty list elsewhere.
+    """
+
+    def loss_function(item: _Item, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        value, extra = loss(output.squeeze(0), item.batch)
+        return value, torch.zeros((), dtype=torch.int, device=value.device), (item.index, extra)
+
+    for chunk in chunks:
+        chunk.train()
+    return _run(chunks, batch, loss_function, parallel, forward_only=False, force_all_reduce=all_reduce_gradients)
+
+
+def run_forward(
+    chunks: Sequence[torch.nn.Module],
+    batch: TrainBatch,
+    read: Callable[[torch.Tensor, MicroBatch], Any],
+    parallel: ParallelState,
+) -> list[Any]:
+    """Forward only, no gradients: what ``read(logits [T, V / TP], micro-batch)`` returns, by micro-batch.
+
+    Returns:
+        One value per micro-batch on the last pipeline stage; an empty list elsewhere.
+    """
+
+    def collect(item: _Item, output: torch.Tensor, non_loss_data: bool = True) -> Any:
+        return item.index, read(output.squeeze(0), item.batch)
+
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        return _run(chunks, batch, collect, parallel, forward_only=True, collect_non_loss_data=True)
+
+
+def _run(
+    chunks: Sequence[torch.nn.Module],
+    batch: TrainBatch,
+    loss_function: Callable[..., Any],
+    parallel: ParallelState,
+    **options: bool,
+) -> list[Any]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(iterator: Iterator[_Item], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        item = next(iterator)
+        output = model(
+            input_ids=item.batch.tokens.unsqueeze(0),
+            position_ids=item.batch.position_ids.unsqueeze(0),
+            attention_mask=None,
+            packed_seq_params=item.packed,
+        )
+        return output, partial(loss_function, item)
+
+    items = _items(batch, parallel.platform.device)
+    with megatron_on_cpu():
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(items) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(items),
+            seq_length=len(batch.micro_batches[0].tokens),
+            micro_batch_size=1,
+            **options,
+        )
+    return [value for _, value in sorted(results, key=lambda pair: pair[0])]
+
+
+def _items(batch: TrainBatch, device: torch.device) -> list[_Item]:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    items = []
+    for index, micro_batch in enumerate(batch.micro_batches):
+        moved = replace(micro_batch, **{name: getattr(micro_batch, name).to(device) for name in _TENSORS})
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=moved.cu_seqlens,
+            cu_seqlens_kv=moved.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        items.append(_Item(index, moved, packed))
+    return items
