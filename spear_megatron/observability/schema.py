@@ -1,0 +1,162 @@
+"""The per-step record: every metric's name, meaning and unit. Names are verl's where verl has one.
+
+A line of ``metrics.jsonl`` is one JSON object: ``schema_version``, ``step`` (1-based; 0 before training), ``unix_time``
+(seconds), then metrics by name. A value that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+SCHEMA_VERSION = 1
+HEADER_KEYS = ("schema_version", "step", "unix_time")
+
+
+class Metric(NamedTuple):
+    """One metric, or a family of them: ``<x>`` in the name stands for a word, ``<k>`` for a number."""
+
+    name: str
+    meaning: str
+    unit: str
+
+
+def _spread(name: str, meaning: str, unit: str, statistics: str = "mean min max") -> tuple[Metric, ...]:
+    return tuple(Metric(f"{name}/{statistic}", f"{meaning}, {statistic}", unit) for statistic in statistics.split())
+
+
+_ACTOR = (
+    Metric("actor/loss", "total loss of the update: policy, entropy and KL terms", "nats"),
+    Metric("actor/pg_loss", "policy-gradient part of the loss", "reward"),
+    Metric("actor/pg_clipfrac", "tokens whose clipped surrogate was the active one", "fraction"),
+    Metric("actor/pg_clipfrac_lower", "tokens cut by the dual clip (negative advantage)", "fraction"),
+    Metric("actor/ppo_kl", "mean of old_logp - logp over response tokens", "nats"),
+    Metric("actor/entropy", "mean entropy of the policy over response tokens, before the update", "nats"),
+    Metric("actor/entropy_loss", "mean entropy over response tokens as seen in the update", "nats"),
+    Metric("actor/kl_loss", "mean KL estimate to the reference policy in the loss", "nats"),
+    Metric("actor/kl_coef", "coefficient of the KL term", "ratio"),
+    Metric("actor/reward_kl_penalty", "mean KL estimate to the reference subtracted from the reward", "nats"),
+    Metric("actor/grad_norm", "global norm of the gradient before clipping, mean over optimizer steps", "norm"),
+    Metric("actor/lr", "learning rate of the last optimizer step", "ratio"),
+    Metric("sft/loss", "mean cross-entropy over trained tokens", "nats"),
+    Metric("sft/val_loss", "mean cross-entropy over trained tokens of held-out conversations", "nats"),
+    Metric("sft/tokens", "trained tokens of the step", "tokens"),
+    Metric("sft/epoch", "passes over the data so far", "epochs"),
+)
+
+_ROLLOUT = (
+    *_spread("critic/rewards", "composed reward per trajectory", "reward"),
+    *_spread("critic/score", "outcome reward per trajectory, without bonus or penalty", "reward"),
+    *_spread("critic/advantages", "advantage per trajectory", "reward"),
+    Metric("reward/tool_bonus_mean", "tool-call bonus per trajectory", "reward"),
+    Metric("reward/penalty_mean", "penalties (format, invalid action) per trajectory", "reward"),
+    Metric("success/mean", "trajectories that solved their task", "fraction"),
+    Metric("groups/zero_variance", "task groups whose rewards are all equal: no learning signal", "fraction"),
+    *_spread("response_length", "sampled tokens per trajectory", "tokens"),
+    Metric("response_length/clip_ratio", "trajectories that used up the response budget", "fraction"),
+    *_spread("prompt_length", "tokens of the opening prompt", "tokens"),
+    *_spread("num_turns", "model turns per trajectory", "turns"),
+    Metric("tools/calls_mean", "tool calls per trajectory", "calls"),
+    Metric("tools/failures_mean", "tool calls that failed (error, time-out, bad arguments) per trajectory", "calls"),
+    Metric("stop/<reason>", "trajectories that ended for this reason", "fraction"),
+)
+
+_TRAINING = (
+    *_spread("training/rollout_probs_diff", "|probability by engine - by trainer| of sampled tokens", "probability"),
+    *_spread("training/rollout_logp_abs_diff", "|log-prob by engine - by trainer| of sampled tokens", "nats"),
+    Metric("training/num_trajectories", "trajectories that count, without infrastructure failures", "trajectories"),
+    Metric("training/num_groups", "task groups with at least one trajectory that counts", "groups"),
+    Metric("training/num_optimizer_steps", "optimizer steps taken in this step", "steps"),
+    Metric("training/skipped_steps", "optimizer steps skipped so far because nothing was left to learn from", "steps"),
+    Metric("training/nonfinite_steps", "optimizer steps skipped so far for a non-finite loss or gradient", "steps"),
+    Metric("training/policy_version", "version of the weights that sampled this step", "version"),
+    Metric("training/epoch", "passes over the prompts so far", "epochs"),
+)
+
+_TIMING = (
+    Metric("timing_s/gen", "rollouts, tools and rewards included", "s"),
+    Metric("timing_s/reward", "rewards computed after the rollouts", "s"),
+    Metric("timing_s/old_log_prob", "trainer log-probs before the update", "s"),
+    Metric("timing_s/ref", "reference log-probs", "s"),
+    Metric("timing_s/adv", "advantages", "s"),
+    Metric("timing_s/pack", "packing and balancing over ranks", "s"),
+    Metric("timing_s/update_actor", "forward, backward and optimizer", "s"),
+    Metric("timing_s/publish", "weights from trainer to engine", "s"),
+    Metric("timing_s/save", "checkpoints since the previous record: a record stands before its step's save", "s"),
+    Metric("timing_s/testing", "evaluation", "s"),
+    Metric("timing_s/record", "writing records and trajectories since the previous record", "s"),
+    Metric("timing_s/step", "the whole step, all phases and what lies between", "s"),
+)
+
+_PERF = (
+    Metric("perf/total_num_tokens", "tokens of the step, prompts and responses", "tokens"),
+    Metric("perf/response_tokens", "sampled tokens of the step", "tokens"),
+    Metric("perf/throughput", "tokens of the step per second and rank", "tokens/s"),
+    Metric("perf/gen_throughput", "sampled tokens per second of rollouts, all ranks", "tokens/s"),
+    Metric("perf/update_throughput", "tokens per second of the update, all ranks", "tokens/s"),
+    Metric("perf/time_per_step", "same as timing_s/step", "s"),
+    Metric("perf/imbalance", "largest load of a data-parallel rank over the mean, minus 1", "ratio"),
+    Metric("perf/padding", "padded tokens among all tokens that went through the model", "fraction"),
+    Metric("perf/num_micro_batches", "micro-batches per rank and optimizer step, mean", "micro-batches"),
+    Metric("perf/max_memory_allocated_gb", "peak GPU memory of rank 0", "GiB"),
+    Metric("perf/cpu_memory_used_gb", "resident memory of rank 0", "GiB"),
+)
+
+_HELD_OUT = (
+    ("success_rate", "held-out success rate", "fraction"),
+    ("success_rate_low", "lower end of the 95 % interval of the success rate", "fraction"),
+    ("success_rate_high", "upper end of the 95 % interval of the success rate", "fraction"),
+    ("avg@<k>", "mean success of k samples per held-out problem", "fraction"),
+    ("pass@<k>", "held-out problems solved by at least one of k samples", "fraction"),
+    ("maj@<k>", "held-out problems solved by the majority answer of k samples", "fraction"),
+    ("num_problems", "held-out problems evaluated", "problems"),
+    ("num_excluded", "held-out trajectories lost to infrastructure failures", "trajectories"),
+    ("response_length", "sampled tokens per held-out trajectory", "tokens"),
+    ("num_turns", "model turns per held-out trajectory", "turns"),
+    ("tool_calls", "tool calls per held-out trajectory", "calls"),
+    ("tool_failures", "failed tool calls per held-out trajectory", "calls"),
+)
+
+_VALIDATION = (
+    *(Metric(f"val/{name}", meaning, unit) for name, meaning, unit in _HELD_OUT),
+    *(Metric(f"val/<name>/{name}", f"{meaning}, of one set", unit) for name, meaning, unit in _HELD_OUT),
+    Metric("env/<name>", "whatever a custom environment or reward reports, mean over trajectories", "any"),
+)
+
+METRICS: tuple[Metric, ...] = (*_ACTOR, *_ROLLOUT, *_TRAINING, *_TIMING, *_PERF, *_VALIDATION)
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    text = re.escape(name).replace(re.escape("<k>"), r"\d+")
+    return re.compile(re.sub(r"<\w+>", r"[\\w.\\-]+", text))
+
+
+_BY_NAME = {metric.name: metric for metric in METRICS if "<" not in metric.name}
+_FAMILIES = tuple((_pattern(metric.name), metric) for metric in METRICS if "<" in metric.name)
+
+
+def lookup(name: str) -> Metric | None:
+    """The metric called ``name``, or the family it belongs to; None when the schema has neither."""
+    known = _BY_NAME.get(name)
+    return known or next((metric for pattern, metric in _FAMILIES if pattern.fullmatch(name)), None)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse metrics that the schema does not describe.
+
+    Raises:
+        ValueError: naming them; add the metric to ``observability/schema.py`` or call it ``env/<name>``.
+    """
+    unknown = sorted(name for name in names if lookup(name) is None)
+    if unknown:
+        raise ValueError(
+            f"metrics {', '.join(unknown)} are not in the record's schema; describe them in observability/schema.py, "
+            "or name figures of a custom environment env/<name>"
+        )
+
+
+def describe() -> str:
+    """The whole schema as a Markdown table."""
+    rows = [f"| `{metric.name}` | {metric.meaning} | {metric.unit} |" for metric in METRICS]
+    return "\n".join(["| metric | meaning | unit |", "| --- | --- | --- |", *rows]) + "\n"
