@@ -124,15 +124,17 @@ def _start_distributed(world_size: int, platform: Platform, timeout: timedelta) 
     else:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
+    # torchrun's store outlives a destroyed state: keys of an earlier one must not be met again
+    generation = store.add(f"spear_megatron/generation/{rank}", 1)
     dist.init_process_group(
         platform.backend,
-        store=dist.PrefixStore("groups", store),
+        store=dist.PrefixStore(f"groups/{generation}", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
         device_id=platform.device if platform.is_cuda else None,
     )
-    return dist.PrefixStore("spear_megatron", store)
+    return dist.PrefixStore(f"spear_megatron/{generation}", store)
 
 
 def _start_megatron(*, tp: int, pp: int, vpp: int | None, seed: int, timeout_s: float) -> None:

@@ -1,0 +1,122 @@
+"""Builds the Megatron model: one GPT chunk per virtual pipeline stage, wrapped for data parallelism."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from spear_megatron.device.cpu_shim import megatron_on_cpu
+from spear_megatron.model.shape import ModelShape
+from spear_megatron.model.specs import block_spec, choose_transformer_engine
+from spear_megatron.model.transformer_config import build_transformer_config
+from spear_megatron.parallel.config import MegatronConfig
+from spear_megatron.parallel.state import ParallelState
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+VOCAB_MULTIPLE = 64
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of Megatron's embedding: the next multiple of 64 and of ``tp_size``.
+
+    Every tensor size that divides 64 gives the same number, so that a checkpoint fits into another layout.
+    """
+    multiple = math.lcm(VOCAB_MULTIPLE, tp_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(
+    shape: ModelShape,
+    megatron: MegatronConfig,
+    *,
+    dtype: torch.dtype,
+    parallel: ParallelState,
+    kernels: str = "auto",
+    with_ddp: bool = True,
+) -> list[MegatronModule]:
+    """Model chunks of this rank, in virtual pipeline order (one chunk without virtual stages).
+
+    The weights are not initialised: load them (``hf_io.load_hf_folder`` or a checkpoint) before building the
+    optimizer, which copies them. With ``with_ddp`` chunks are Megatron's DistributedDataParallel, whose gradients
+    accumulate in float32 and are summed, not averaged, over data-parallel ranks. Logits of a last-stage chunk are
+    [1, T, padded_vocab / tp], cut over the tensor ranks; columns from ``shape.vocab_size`` on are padding.
+
+    Args:
+        kernels: ``auto`` (Transformer Engine layers when usable) or ``eager`` (the plain layers).
+
+    Raises:
+        ValueError: the layout does not fit the model or the process groups.
+    """
+    sizes = (megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size)
+    if sizes != (parallel.tp_size, parallel.pp_size) or megatron.virtual_pipeline_model_parallel_size != parallel.vpp_size:
+        raise ValueError(
+            f"the process groups were made for tensor x pipeline = {parallel.tp_size} x {parallel.pp_size} "
+            f"(virtual {parallel.vpp_size}), the model wants {sizes[0]} x {sizes[1]} "
+            f"(virtual {megatron.virtual_pipeline_model_parallel_size}): initialise them with the same sizes"
+        )
+    on_cuda = parallel.platform.is_cuda
+    use_te = choose_transformer_engine(kernels, parallel.platform, dtype)
+    with megatron_on_cpu():
+        config = build_transformer_config(
+            shape, megatron, dtype=dtype, use_transformer_engine=use_te, on_cuda=on_cuda
+        )
+        stages = [None] if parallel.vpp_size is None else list(range(parallel.vpp_size))
+        chunks = [_build_chunk(shape, config, parallel, stage, use_te) for stage in stages]
+        if with_ddp:
+            return _wrap_ddp(chunks, config, megatron.use_distributed_optimizer)
+        return list(chunks)
+
+
+def _build_chunk(
+    shape: ModelShape, config: TransformerConfig, parallel: ParallelState, vp_stage: int | None, use_te: bool
+) -> GPTModel:
+    from megatron.core.models.gpt import GPTModel
+
+    last_virtual = None if parallel.vpp_size is None else parallel.vpp_size - 1
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(shape, config, use_transformer_engine=use_te, vp_stage=vp_stage),
+        vocab_size=padded_vocab_size(shape.vocab_size, parallel.tp_size),
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=parallel.is_first_stage and vp_stage in (None, 0),
+        post_process=parallel.is_last_stage and vp_stage == last_virtual,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        vp_stage=vp_stage,
+    )
+    for parameter in chunk.parameters():
+        _set_tensor_parallel_defaults(parameter)
+    return chunk.to(parallel.platform.device)
+
+
+def _set_tensor_parallel_defaults(parameter: torch.nn.Parameter) -> None:
+    """Replicated parameters (norms) get the marks that Megatron's optimizer reads on every parameter."""
+    from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+
+    set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+
+
+def _wrap_ddp(
+    chunks: list[GPTModel], config: TransformerConfig, use_distributed_optimizer: bool
+) -> list[MegatronModule]:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,
+        average_in_collective=False,
+    )
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
