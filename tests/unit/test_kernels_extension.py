@@ -1,0 +1,77 @@
+"""Which implementation is taken, and what is said when the compiled kernels are missing or do not fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from spear_megatron import _C
+from spear_megatron.kernels import available, extension, logprobs, logprobs_compiled, logprobs_eager, token_logprobs
+
+
+@pytest.fixture
+def missing_extension(monkeypatch: pytest.MonkeyPatch):
+    """The compiled module as if it had never been built."""
+    monkeypatch.setitem(sys.modules, "spear_megatron._C", None)
+    extension._load.cache_clear()
+    extension.warn_slow_path.cache_clear()
+    yield
+    monkeypatch.undo()
+    extension._load.cache_clear()
+    extension.warn_slow_path.cache_clear()
+
+
+def test_auto_takes_the_compiled_kernel_where_it_fits() -> None:
+    report = available()
+    assert report["compiled"] and report["reason"] == "" and report["isa"] == _C.isa()
+    assert report["token_logprobs"] == {"cpu": "compiled", "cuda": "eager"}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert logprobs._backend(torch.zeros(1, 2, dtype=dtype), "auto") is logprobs_compiled
+    assert logprobs._backend(torch.zeros(1, 2), "eager") is logprobs_eager
+    assert logprobs._backend(torch.zeros(1, 2, device="meta"), "auto") is logprobs_eager
+
+
+def test_other_dtypes_warn_once_and_compiled_refuses_them() -> None:
+    extension.warn_slow_path.cache_clear()
+    logits, targets = torch.zeros(1, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    with pytest.warns(RuntimeWarning, match="no compiled token_logprobs for torch.float64 on cpu"):
+        token_logprobs(logits, targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        token_logprobs(logits, targets)
+        token_logprobs(logits, targets, implementation="eager")
+    with pytest.raises(RuntimeError, match="float64"):
+        token_logprobs(logits, targets, implementation="compiled")
+
+
+def test_a_missing_extension_names_the_build_command(missing_extension: None) -> None:
+    report = available()
+    assert not report["compiled"] and report["isa"] is None and report["token_logprobs"]["cpu"] == "eager"
+    assert extension.BUILD_COMMAND in report["reason"]
+    logits, targets = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    with pytest.warns(RuntimeWarning, match="pip install .*slower eager implementation"):
+        token_logprobs(logits, targets)
+    with pytest.raises(RuntimeError, match="pip install"):
+        token_logprobs(logits, targets, implementation="compiled")
+
+
+def test_unknown_instruction_sets_are_refused() -> None:
+    logits, targets = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="unknown instruction set 'sse9'"):
+        logprobs_compiled.row_stats(logits, targets, logprobs.VocabShard(0, 4), 1.0, True, isa="sse9")
+
+
+def test_one_openmp_runtime_and_cheap_import() -> None:
+    code = (
+        "import sys, spear_megatron; assert 'torch' not in sys.modules\n"
+        "import torch, spear_megatron._C\n"
+        "names = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}\n"
+        "assert len(names) == 1, names\n"
+    )
+    if sys.platform != "linux":
+        pytest.skip("reads /proc/self/maps")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
