@@ -8,47 +8,58 @@ from collections.abc import Mapping, Sequence
 from spear_megatron.data.index import IndexRow
 from spear_megatron.types import StopReason, TrajectoryId
 
-
-def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    return {f"{name}/mean": sum(values) / len(values), f"{name}/min": min(values), f"{name}/max": max(values)}
+_CLIPPED = (StopReason.LENGTH, StopReason.TOOL_OVERFLOW)
 
 
 def rollout_metrics(
-    index: Sequence[IndexRow],
-    rewards: Mapping[TrajectoryId, float],
-    advantages: Mapping[TrajectoryId, float],
-    max_response_length: int,
+    index: Sequence[IndexRow], rewards: Mapping[TrajectoryId, float], advantages: Mapping[TrajectoryId, float]
 ) -> dict[str, float]:
     """Reward, success, length, turn and tool figures of a step.
 
     Args:
         index: every trajectory of the step. Infrastructure failures count only under ``stop/infrastructure``.
-        rewards: composed reward per valid trajectory.
-        advantages: scalar advantage per valid trajectory.
-        max_response_length: the response budget in tokens, for the share of clipped responses.
+        rewards, advantages: shaped reward and advantage per valid trajectory.
     """
     valid = [row for row in index if row.valid]
-    count = max(len(valid), 1)
-    lengths = [float(sum(row.response_lengths)) for row in valid]
-    metrics = {
+    metrics = {f"stop/{reason.value}": sum(row.stop_reason is reason for row in index) / max(len(index), 1) for reason in StopReason}
+    metrics["training/num_trajectories"] = float(len(valid))
+    metrics["training/num_groups"] = float(len({row.id.group for row in valid}))
+    if not valid:
+        return metrics
+    return metrics | {
         **_spread("critic/rewards", [rewards[row.id] for row in valid]),
         **_spread("critic/advantages", [advantages[row.id] for row in valid]),
-        **_spread("response_length", lengths),
-        "critic/score/mean": sum(row.reward.outcome for row in valid) / count,
-        "success/mean": sum(row.reward.success for row in valid) / count,
-        "response_length/clip_ratio": sum(length >= max_response_length for length in lengths) / count,
-        "prompt_length/mean": sum(row.prompt_length for row in valid) / count,
-        "num_turns/mean": sum(row.num_turns for row in valid) / count,
-        "num_turns/max": float(max((row.num_turns for row in valid), default=0)),
-        "tools/calls_mean": sum(row.num_tool_calls for row in valid) / count,
-        "tools/failures_mean": sum(row.num_tool_failures for row in valid) / count,
+        **_spread("critic/score", [row.reward.outcome for row in valid]),
+        **_spread("response_length", [float(sum(row.sampled_lengths)) for row in valid]),
+        **_spread("prompt_length", [float(row.prompt_length) for row in valid]),
+        **_spread("num_turns", [float(row.num_turns) for row in valid]),
+        "reward/penalty_mean": _mean([row.reward.penalty for row in valid]),
+        "success/mean": _mean([float(row.reward.success) for row in valid]),
+        "response_length/clip_ratio": _mean([float(row.stop_reason in _CLIPPED) for row in valid]),
+        "tools/calls_mean": _mean([float(row.num_tool_calls) for row in valid]),
+        "tools/failures_mean": _mean([float(row.num_tool_failures) for row in valid]),
         "groups/zero_variance": zero_variance_share(valid, rewards),
     }
-    for reason in StopReason:
-        metrics[f"stop/{reason.value}"] = sum(row.stop_reason is reason for row in index) / max(len(index), 1)
-    return metrics
+
+
+def throughput_metrics(index: Sequence[IndexRow], timings: Mapping[str, float], world_size: int) -> dict[str, float]:
+    """Tokens per second of a step. ``timings`` are the seconds of ``PhaseTimer.take``."""
+    total = float(sum(sum(row.segment_lengths) for row in index))
+    sampled = float(sum(sum(row.sampled_lengths) for row in index))
+    return {
+        "perf/total_num_tokens": total,
+        "perf/response_tokens": sampled,
+        "perf/throughput": total / max(timings["timing_s/step"], 1e-9) / world_size,
+        "perf/gen_throughput": sampled / max(timings.get("timing_s/gen", 0.0), 1e-9),
+        "perf/update_throughput": total / max(timings.get("timing_s/update_actor", 0.0), 1e-9),
+    }
+
+
+def mean_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of several optimizer steps as one: the largest of names ending in max, the mean of all others."""
+    names = sorted({name for part in parts for name in part})
+    columns = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: max(values) if name.endswith("max") else _mean(values) for name, values in columns.items()}
 
 
 def zero_variance_share(valid: Sequence[IndexRow], rewards: Mapping[TrajectoryId, float]) -> float:
@@ -57,3 +68,11 @@ def zero_variance_share(valid: Sequence[IndexRow], rewards: Mapping[TrajectoryId
     for row in valid:
         groups[row.id.group].add(rewards[row.id])
     return sum(len(values) == 1 for values in groups.values()) / max(len(groups), 1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {f"{name}/mean": _mean(values), f"{name}/min": min(values), f"{name}/max": max(values)}

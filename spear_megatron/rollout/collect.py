@@ -1,0 +1,86 @@
+"""Collecting a step's groups: leaders run agent loops for their own tasks, peers wait outside any collective."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from spear_megatron.data.index import IndexRow, gather_index
+from spear_megatron.parallel.agreement import agree_ok, wait_for_leaders, with_heartbeat
+from spear_megatron.parallel.state import ParallelState
+from spear_megatron.rollout.engine import SamplingParams
+from spear_megatron.types import Group, Prompt
+
+RunGroups = Callable[..., Awaitable[list[Group]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """What to roll out: (prompt index, prompt) pairs, samples each, sampling, and the purpose that keys the noise."""
+
+    purpose: str
+    step: int
+    prompts: tuple[tuple[int, Prompt], ...]
+    num_samples: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """``groups`` of this leader (none on other ranks) and the ``index`` of every trajectory, equal on all ranks."""
+
+    groups: list[Group]
+    index: list[IndexRow]
+
+
+class Collector:
+    """Runs the agent loops of this data-parallel rank's tasks on one asyncio loop that lives as long as the run."""
+
+    def __init__(self, parallel: ParallelState, run_groups: RunGroups | None, *, leaders: list[int], timeout_s: float) -> None:
+        """``run_groups`` rolls out (tasks, own prompts) and is None on ranks that are not leaders."""
+        self._parallel = parallel
+        self._run_groups = run_groups
+        self._leaders = leaders
+        self._timeout_s = timeout_s
+        self._runner = asyncio.Runner()
+
+    def collect(self, tasks: Tasks) -> Collected:
+        """Roll out every task somewhere and return this leader's groups with the common index.
+
+        Raises:
+            RuntimeError: on every rank, when any leader failed; names phase, ranks and messages.
+            TimeoutError: a leader stayed silent beyond the deadline.
+        """
+        phase = f"collect/{tasks.purpose}/{tasks.step}"
+        groups: list[Group] = []
+        error: str | None = None
+        if self._run_groups is not None:
+            own = share_of(tasks.prompts, tasks.step, self._parallel.dp_rank, self._parallel.dp_size)
+            try:
+                groups = self._runner.run(with_heartbeat(self._parallel, phase, self._roll_out(tasks, own)))
+            except (RuntimeError, ValueError, OSError, TimeoutError) as failure:
+                error = f"{type(failure).__name__}: {failure}"
+        if self._parallel.world_size > 1:
+            wait_for_leaders(self._parallel, phase, self._leaders, self._timeout_s)
+        agree_ok(self._parallel, phase, error)
+        return Collected(groups, gather_index(groups, self._parallel))
+
+    async def _roll_out(self, tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
+        assert self._run_groups is not None
+        return await self._run_groups(tasks, own)
+
+    def close(self, *closers: Callable[[], Awaitable[None]]) -> None:
+        """Close the engine and the sandbox on their own loop, then the loop."""
+        for closer in closers:
+            self._runner.run(_await(closer))
+        self._runner.close()
+
+
+async def _await(closer: Callable[[], Awaitable[None]]) -> None:
+    await closer()
+
+
+def share_of(prompts: Sequence[tuple[int, Prompt]], step: int, dp_rank: int, dp_size: int) -> list[tuple[int, Prompt]]:
+    """Task groups of one leader, assigned by (step, position in the step)."""
+    return [pair for position, pair in enumerate(prompts) if (step + position) % dp_size == dp_rank]
