@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spear_megatron.environments.protocol import Observation, StepResult, ToolCall, Turn
+from spear_megatron.environments.sandbox.protocol import ExecutionResult, ExecutionStatus, Sandbox
 from spear_megatron.rewards.answers import last_boxed
 from spear_megatron.types import Prompt
-
-if TYPE_CHECKING:
-    from spear_megatron.environments.sandbox.protocol import ExecutionResult, Sandbox
 
 TOOL_NAME = "code_interpreter"
 TOOL_SCHEMA: dict[str, Any] = {
@@ -30,10 +28,10 @@ _FENCE = re.compile(
     r"(?:\A\s*```(?:python|py)?|^[ \t]*```(?:python|py))[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE
 )
 _FAILURES = {
-    "timeout": "Error: the program ran out of time.",
-    "memory": "Error: the program ran out of memory.",
-    "output_limit": "Error: the program printed too much.",
-    "killed": "Error: the program was killed.",
+    ExecutionStatus.TIMEOUT: "Error: the program ran out of time.",
+    ExecutionStatus.MEMORY: "Error: the program ran out of memory.",
+    ExecutionStatus.OUTPUT_LIMIT: "Error: the program printed too much.",
+    ExecutionStatus.KILLED: "Error: the program was killed.",
 }
 
 
@@ -73,15 +71,15 @@ class CodeInterpreterEnvironment:
                 text, failed = f"Error: {problem}.", True
             else:
                 result = await self._sandbox.run(code)
-                if result.status == "infrastructure":
+                if result.status is ExecutionStatus.INFRASTRUCTURE:
                     return StepResult(
                         done=True,
                         num_tool_calls=num_calls,
                         num_tool_failures=num_failures,
-                        error=f"sandbox: {result.stderr.strip() or 'no further message'}",
+                        error=f"sandbox: {result.detail}",
                     )
                 num_calls += 1
-                text, failed = format_result(result, self._num_stderr_lines), result.status != "ok"
+                text, failed = format_result(result, self._num_stderr_lines), result.status is not ExecutionStatus.OK
             num_failures += failed
             messages.append({"role": "tool", "name": TOOL_NAME, "content": text})
         return StepResult(messages=tuple(messages), num_tool_calls=num_calls, num_tool_failures=num_failures)
@@ -92,9 +90,9 @@ class CodeInterpreterEnvironment:
 
 def format_result(result: ExecutionResult, num_stderr_lines: int) -> str:
     """What the model reads: the output, or why there is none. Never a time or a path of this machine."""
-    if result.status == "ok":
+    if result.status is ExecutionStatus.OK:
         return format_output(result.stdout)
-    if result.status != "error":
+    if result.status is not ExecutionStatus.ERROR:
         return _FAILURES[result.status]
     lines = [line.rstrip() for line in result.stderr.splitlines() if line.strip()]
     return "\n".join(lines[-num_stderr_lines:]) or "Error: the program failed without a message."

@@ -1,0 +1,26 @@
+"""Which environment the agent acts in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spear_megatron.environments.sandbox.config import SandboxConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentConfig:
+    """Keys under ``env``.
+
+    ``name`` is a built-in environment or ``module:attribute`` of a class or function that makes one per episode from
+    ``kwargs``. ``sandbox`` is started only for environments that run code.
+    """
+
+    name: str = "code_interpreter"
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("env.name is empty: use code_interpreter or 'module:attribute'")
