@@ -1,0 +1,97 @@
+"""Settings of the rollout: which engine, how to sample, how long a conversation may be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+_PREFIX = "actor_rollout_ref.rollout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiTurnConfig:
+    """Limits of one conversation.
+
+    Attributes:
+        max_assistant_turns: model turns of one episode; the last may not ask for a tool.
+        max_tool_response_length: tokens of one tool response; longer ones are cut.
+    """
+
+    max_assistant_turns: int = 4
+    max_tool_response_length: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("max_assistant_turns", "max_tool_response_length"):
+            _require_positive(f"{_PREFIX}.multi_turn.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValKwargsConfig:
+    """Sampling of evaluations: ``n`` samples per task; temperature 0 is greedy; top_p and top_k may restrict."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+
+    def __post_init__(self) -> None:
+        prefix = f"{_PREFIX}.val_kwargs"
+        _require_positive(f"{prefix}.n", self.n)
+        _require_temperature(f"{prefix}.temperature", self.temperature)
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"{prefix}.n={self.n} samples of greedy decoding are all equal: set n=1 or temperature > 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"{prefix}.top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k != -1 and self.top_k < 1:
+            raise ValueError(f"{prefix}.top_k must be -1 (off) or a positive integer, got {self.top_k}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How trajectories are sampled for training.
+
+    Attributes:
+        name: the engine; ``embedded`` runs inside the data-parallel leaders.
+        n: trajectories per prompt.
+        temperature: sampling temperature of training; the trainer's log-probs use it too.
+        top_p, top_k: only off (1.0 and -1) in training, where the policy gradient is that of the whole distribution.
+        max_num_seqs: requests that one engine computes together.
+        max_model_len: tokens of prompt and response together; None takes data.max_prompt_length + max_response_length.
+    """
+
+    name: str = "embedded"
+    n: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
+    val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
+
+    def __post_init__(self) -> None:
+        if self.name != "embedded":
+            raise ValueError(f"{_PREFIX}.name={self.name!r} is not an engine, use 'embedded'")
+        _require_positive(f"{_PREFIX}.n", self.n)
+        _require_positive(f"{_PREFIX}.max_num_seqs", self.max_num_seqs)
+        if self.max_model_len is not None:
+            _require_positive(f"{_PREFIX}.max_model_len", self.max_model_len)
+        _require_temperature(f"{_PREFIX}.temperature", self.temperature)
+        if self.temperature == 0:
+            raise ValueError(f"{_PREFIX}.temperature=0 (greedy) gives every trajectory of a group alike: set it above 0")
+        for name, off in (("top_p", 1.0), ("top_k", -1)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"{_PREFIX}.{name}={getattr(self, name)} would train on a restricted distribution whose log-probs "
+                    f"the loss does not see: set it to {off} (val_kwargs.{name} may restrict evaluation)"
+                )
+
+
+def _require_positive(key: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} must be a positive integer, got {value!r}")
+
+
+def _require_temperature(key: str, value: float) -> None:
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{key} must be finite and at least 0, got {value}")
