@@ -6,11 +6,13 @@ constexpr int64_t kWidth = SPEAR_WIDTH;
 typedef float Float __attribute__((vector_size(4 * SPEAR_WIDTH)));
 typedef int32_t Int __attribute__((vector_size(4 * SPEAR_WIDTH)));
 typedef uint32_t Word __attribute__((vector_size(4 * SPEAR_WIDTH)));
-typedef uint16_t Half __attribute__((vector_size(2 * SPEAR_WIDTH)));
 
-#define SPEAR_INLINE static inline __attribute__((always_inline))
+#ifndef SPEAR_INLINE
+#define SPEAR_METHOD inline __attribute__((always_inline))
+#define SPEAR_INLINE static SPEAR_METHOD
+#endif
 
-SPEAR_INLINE Float broadcast(float value) { return Float{} + value; }
+SPEAR_INLINE Float broadcast(float value) { return value - Float{}; }
 
 // The larger one; the second argument where either is NaN.
 SPEAR_INLINE Float larger(Float a, Float b) {
@@ -29,20 +31,38 @@ SPEAR_INLINE Float load(const float* source) {
     return value;
 }
 
-SPEAR_INLINE Float load(const Bfloat16* source) {
-    Half half;
-    __builtin_memcpy(&half, source, sizeof(half));
-    return (Float)(__builtin_convertvector(half, Word) << 16);
-}
-
 SPEAR_INLINE void store(float* target, Float value) { __builtin_memcpy(target, &value, sizeof(value)); }
 
-// Rounds to nearest even; NaN stays NaN.
-SPEAR_INLINE void store(Bfloat16* target, Float value) {
+// 2 * kWidth neighbouring elements. Which lane holds which is the affair of load_pair and store_pair: bfloat16 are split
+// into even and odd ones, which takes one instruction each and no shuffle.
+struct Pair {
+    Float a;
+    Float b;
+};
+
+SPEAR_INLINE Pair load_pair(const float* source) {
+    Pair pair;
+    __builtin_memcpy(&pair, source, sizeof(pair));
+    return pair;
+}
+
+SPEAR_INLINE Pair load_pair(const Bfloat16* source) {
+    Word bits;
+    __builtin_memcpy(&bits, source, sizeof(bits));
+    return {(Float)(bits << 16), (Float)(bits & 0xffff0000u)};
+}
+
+SPEAR_INLINE void store_pair(float* target, Pair pair) { __builtin_memcpy(target, &pair, sizeof(pair)); }
+
+// The nearest bfloat16, ties to even, in the upper halves of the lanes; NaN must have the default payload.
+SPEAR_INLINE Word rounded_bfloat16(Float value) {
     const Word bits = (Word)value;
-    const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Half half = __builtin_convertvector(value == value ? rounded : (bits >> 16) | 0x40u, Half);
-    __builtin_memcpy(target, &half, sizeof(half));
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+SPEAR_INLINE void store_pair(Bfloat16* target, Pair pair) {
+    const Word bits = (rounded_bfloat16(pair.a) >> 16) | (rounded_bfloat16(pair.b) & 0xffff0000u);
+    __builtin_memcpy(target, &bits, sizeof(bits));
 }
 
 SPEAR_INLINE float sum_lanes(Float value) {

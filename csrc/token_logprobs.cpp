@@ -112,9 +112,36 @@ void forward(uintptr_t logits, int dtype, int64_t rows, int64_t row_stride, int6
     }
 }
 
-// grad[row] = (max, sum exp, entropy, gradient of the log-prob, gradient of the entropy), the first two over the whole
-// vocabulary. With p = exp((x - max) / T) / sum: d log p_t / dx_j = (1[j = t] - p_j) / T and
-// d H / dx_j = -p_j (log p_j + H) / T.
+// One row of the gradient from g = (max, sum exp, entropy, gradient of the log-prob, gradient of the entropy), where max
+// and sum are those of the whole vocabulary. With p = exp((x - max) / T) / sum: d log p_t / dx_j = (1[j = t] - p_j) / T
+// and d H / dx_j = -p_j (log p_j + H) / T. `target` is a local column, or outside of the row.
+void backward_row(const Matrix& x, const Matrix& y, int64_t row, int64_t target, const float* g, const Scale& scale,
+                  RowKernels::Backward kernel) {
+    const double max = g[0], sum = g[1], entropy = g[2], grad_logprob = g[3], grad_entropy = g[4];
+    const int64_t columns = x.columns;
+    std::memset(y.row(row) + columns * y.element_size(), 0,
+                static_cast<size_t>((y.columns - columns) * y.element_size()));
+    if (grad_logprob == 0 && grad_entropy == 0) {
+        std::memset(y.row(row), 0, static_cast<size_t>(columns * y.element_size()));
+        return;
+    }
+    const double inv_t = scale.inv_temperature;
+    const double factor = -inv_t / sum * (grad_logprob + grad_entropy * (entropy - std::log(sum)));
+    const double slope = -inv_t / sum * inv_t * grad_entropy;
+    if (std::isnan(factor) || std::isnan(slope)) {
+        for (int64_t column = 0; column < columns; ++column) y.set(row, column, std::numeric_limits<float>::quiet_NaN());
+        return;
+    }
+    const bool owned = target >= 0 && target < columns;
+    const double d = owned ? x.at(row, target) - max : 0;
+    kernel(x.row(row), y.row(row), columns, scale, {g[0], static_cast<float>(factor), static_cast<float>(slope)});
+    if (owned) {
+        const double e = std::exp(d * inv_t);
+        y.set(row, target, static_cast<float>((e > 0 ? e * (factor + slope * d) : 0) + inv_t * grad_logprob));
+    }
+}
+
+// row_grads holds five numbers per row, see backward_row; `out` may be the logits.
 void backward(uintptr_t logits, int dtype, int64_t rows, int64_t row_stride, int64_t columns, uintptr_t targets,
               int64_t first_column, double temperature, bool with_entropy, uintptr_t row_grads, uintptr_t out,
               int64_t out_stride, int64_t out_columns, int threads, const char* isa) {
@@ -127,26 +154,7 @@ void backward(uintptr_t logits, int dtype, int64_t rows, int64_t row_stride, int
     const float* grads = reinterpret_cast<const float*>(row_grads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows > 1)
     for (int64_t row = 0; row < rows; ++row) {
-        const float* g = grads + 5 * row;
-        const double max = g[0], sum = g[1], entropy = g[2], grad_logprob = g[3], grad_entropy = g[4];
-        const double inv_t = scale.inv_temperature;
-        if (grad_logprob == 0 && grad_entropy == 0) {
-            std::memset(y.row(row), 0, static_cast<size_t>(out_columns * y.element_size()));
-            continue;
-        }
-        const double factor = -inv_t / sum * (grad_logprob + grad_entropy * (entropy - std::log(sum)));
-        const double slope = -inv_t / sum * inv_t * grad_entropy;
-        const int64_t local = target[row] - first_column;
-        const bool owned = local >= 0 && local < columns;
-        const double d = owned ? x.at(row, local) - max : 0;
-        kernel(x.row(row), y.row(row), columns, scale,
-               {g[0], static_cast<float>(factor), static_cast<float>(slope)});
-        std::memset(y.row(row) + columns * y.element_size(), 0,
-                    static_cast<size_t>((out_columns - columns) * y.element_size()));
-        if (owned) {
-            const double e = std::exp(d * inv_t);
-            y.set(row, local, static_cast<float>((e > 0 ? e * (factor + slope * d) : e) + inv_t * grad_logprob));
-        }
+        backward_row(x, y, row, target[row] - first_column, grads + 5 * row, scale, kernel);
     }
 }
 

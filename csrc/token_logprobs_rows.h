@@ -1,95 +1,129 @@
 // Row kernels of token_logprobs for one instruction set; see foreach_isa.h for the rules of such a file.
 
-// Columns whose sum is kept in float before it goes to double: small enough to stay in L1 between the two passes.
-constexpr int64_t kBlock = 2048;
-constexpr int64_t kUnroll = 4;
+constexpr int64_t kPair = 2 * kWidth;
+constexpr int64_t kStep = 2 * kPair;  // elements per unrolled step
+constexpr int64_t kCacheLine = 64;
 
-// Largest element of `length` elements, a multiple of kWidth; NaN is ignored here and surfaces in the sum.
+// Columns whose sum is kept in float before it goes to double: few enough to stay in L1 between the two passes.
+template <typename Element>
+constexpr int64_t block_columns = 8192 / static_cast<int64_t>(sizeof(Element));
+
+// Largest element of `length` elements, a multiple of kPair; NaN is ignored here and surfaces in the sum.
 template <typename Element>
 SPEAR_INLINE float max_of_block(const Element* x, int64_t length) {
-    Float best[kUnroll];
-    for (int64_t k = 0; k < kUnroll; ++k) best[k] = broadcast(kLowest);
+    Float best[4];
+    for (Float& value : best) value = broadcast(kLowest);
     int64_t i = 0;
-    for (; i + kUnroll * kWidth <= length; i += kUnroll * kWidth) {
-        for (int64_t k = 0; k < kUnroll; ++k) best[k] = larger(load(x + i + k * kWidth), best[k]);
+    for (; i + kStep <= length; i += kStep) {
+        const Pair p = load_pair(x + i), q = load_pair(x + i + kPair);
+        best[0] = larger(p.a, best[0]);
+        best[1] = larger(p.b, best[1]);
+        best[2] = larger(q.a, best[2]);
+        best[3] = larger(q.b, best[3]);
     }
-    for (; i < length; i += kWidth) best[0] = larger(load(x + i), best[0]);
+    for (; i < length; i += kPair) {
+        const Pair p = load_pair(x + i);
+        best[0] = larger(p.a, best[0]);
+        best[1] = larger(p.b, best[1]);
+    }
     return max_lanes(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
-// Adds `length` elements (a multiple of kWidth) to `state`. The next block is fetched while this one is computed.
+// Sums of exp((x - reference) / T) and of that times (x - reference), by lane.
+template <bool kEntropy>
+struct LaneSums {
+    Float sum = {};
+    Float weighted = {};
+
+    SPEAR_METHOD void add(Float x, Float reference, Float floor, Float log2_factor) {
+        const Float d = larger(floor, x - reference);
+        const Float e = exp2_nonpositive(d * log2_factor);
+        sum += e;
+        if (kEntropy) weighted += e * d;
+    }
+};
+
+// Adds `length` elements (a multiple of kPair) to `state`. The next block is fetched while this one is computed.
 template <typename Element, bool kEntropy>
 SPEAR_INLINE void add_block(OnlineSoftmax& state, const Element* x, int64_t length, const Scale& scale) {
     state.raise_max(max_of_block(x, length), scale.inv_temperature);
     const Float reference = broadcast(state.max);
     const Float floor = broadcast(scale.floor);
-    Float sum[kUnroll] = {};
-    Float weighted[kUnroll] = {};
+    const Float factor = broadcast(scale.log2_factor);
+    LaneSums<kEntropy> lanes[4];
     int64_t i = 0;
-    for (; i + kUnroll * kWidth <= length; i += kUnroll * kWidth) {
-        for (int64_t k = 0; k < kUnroll; ++k) {
-            const Element* p = x + i + k * kWidth;
-            __builtin_prefetch(p + kBlock);
-            const Float d = larger(floor, load(p) - reference);
-            const Float e = exp2_nonpositive(d * scale.log2_factor);
-            sum[k] += e;
-            if (kEntropy) weighted[k] += e * d;
+    for (; i + kStep <= length; i += kStep) {
+        const Element* next = x + i + block_columns<Element>;
+        for (int64_t k = 0; k < kStep; k += kCacheLine / static_cast<int64_t>(sizeof(Element))) {
+            __builtin_prefetch(next + k);
         }
+        const Pair p = load_pair(x + i), q = load_pair(x + i + kPair);
+        lanes[0].add(p.a, reference, floor, factor);
+        lanes[1].add(p.b, reference, floor, factor);
+        lanes[2].add(q.a, reference, floor, factor);
+        lanes[3].add(q.b, reference, floor, factor);
     }
-    for (; i < length; i += kWidth) {
-        const Float d = larger(floor, load(x + i) - reference);
-        const Float e = exp2_nonpositive(d * scale.log2_factor);
-        sum[0] += e;
-        if (kEntropy) weighted[0] += e * d;
+    for (; i < length; i += kPair) {
+        const Pair p = load_pair(x + i);
+        lanes[0].add(p.a, reference, floor, factor);
+        lanes[1].add(p.b, reference, floor, factor);
     }
-    state.sum += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    if (kEntropy) state.weighted += sum_lanes((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
+    state.sum += sum_lanes((lanes[0].sum + lanes[1].sum) + (lanes[2].sum + lanes[3].sum));
+    if (kEntropy) {
+        state.weighted += sum_lanes((lanes[0].weighted + lanes[1].weighted) + (lanes[2].weighted + lanes[3].weighted));
+    }
 }
 
 template <typename Element, bool kEntropy>
 OnlineSoftmax forward_row(const void* row, int64_t columns, const Scale& scale) {
     const Element* x = static_cast<const Element*>(row);
     OnlineSoftmax state;
-    const int64_t whole = columns - columns % kWidth;
-    for (int64_t start = 0; start < whole; start += kBlock) {
-        add_block<Element, kEntropy>(state, x + start, whole - start < kBlock ? whole - start : kBlock, scale);
+    const int64_t whole = columns - columns % kPair;
+    for (int64_t start = 0; start < whole; start += block_columns<Element>) {
+        const int64_t left = whole - start;
+        add_block<Element, kEntropy>(state, x + start, left < block_columns<Element> ? left : block_columns<Element>,
+                                     scale);
     }
     if (whole < columns) {
-        Element tail[kWidth];
-        for (int64_t i = 0; i < kWidth; ++i) {
-            if (whole + i < columns) tail[i] = x[whole + i];
-            else assign(tail[i], -__builtin_inff());
-        }
-        add_block<Element, kEntropy>(state, tail, kWidth, scale);
+        Element tail[kPair];
+        for (Element& element : tail) assign(element, -__builtin_inff());
+        for (int64_t i = 0; whole + i < columns; ++i) tail[i] = x[whole + i];
+        add_block<Element, kEntropy>(state, tail, kPair, scale);
     }
     return state;
 }
 
 // exp((x - max) / T) * (factor + slope * (x - max)), exactly 0 where the exponential underflows.
-template <typename Element, bool kEntropy>
-SPEAR_INLINE Float gradient(const Element* x, const Scale& scale, const RowGradient& row) {
-    const Float floor = broadcast(scale.floor);
-    const Float d = larger(floor, load(x) - row.max);
-    const Float e = exp2_nonpositive(d * scale.log2_factor);
-    const Float kept = (Float)((Int)e & (d > floor));
-    return kEntropy ? kept * (row.factor + row.slope * d) : kept * row.factor;
-}
+template <bool kEntropy>
+struct Gradient {
+    Float max, factor, slope, floor, log2_factor;
+
+    SPEAR_METHOD Float of(Float x) const {
+        const Float d = larger(floor, x - max);
+        const Float e = exp2_nonpositive(d * log2_factor);
+        const Float kept = (Float)((Int)e & (d > floor));
+        return kEntropy ? kept * (factor + slope * d) : kept * factor;
+    }
+    SPEAR_METHOD Pair of(Pair x) const { return {of(x.a), of(x.b)}; }
+};
 
 template <typename Element, bool kEntropy>
 void backward_row(const void* row, void* out, int64_t columns, const Scale& scale, const RowGradient& grad) {
     const Element* x = static_cast<const Element*>(row);
     Element* y = static_cast<Element*>(out);
+    const Gradient<kEntropy> gradient = {broadcast(grad.max), broadcast(grad.factor), broadcast(grad.slope),
+                                         broadcast(scale.floor), broadcast(scale.log2_factor)};
     int64_t i = 0;
-    for (; i + kUnroll * kWidth <= columns; i += kUnroll * kWidth) {
-        Float g[kUnroll];
-        for (int64_t k = 0; k < kUnroll; ++k) g[k] = gradient<Element, kEntropy>(x + i + k * kWidth, scale, grad);
-        for (int64_t k = 0; k < kUnroll; ++k) store(y + i + k * kWidth, g[k]);
+    for (; i + kStep <= columns; i += kStep) {
+        const Pair p = gradient.of(load_pair(x + i)), q = gradient.of(load_pair(x + i + kPair));
+        store_pair(y + i, p);
+        store_pair(y + i + kPair, q);
     }
-    for (; i + kWidth <= columns; i += kWidth) store(y + i, gradient<Element, kEntropy>(x + i, scale, grad));
+    for (; i + kPair <= columns; i += kPair) store_pair(y + i, gradient.of(load_pair(x + i)));
     if (i < columns) {
-        Element tail[kWidth] = {};
+        Element tail[kPair] = {};
         for (int64_t k = 0; i + k < columns; ++k) tail[k] = x[i + k];
-        store(tail, gradient<Element, kEntropy>(tail, scale, grad));
+        store_pair(tail, gradient.of(load_pair(tail)));
         for (int64_t k = 0; i + k < columns; ++k) y[i + k] = tail[k];
     }
 }

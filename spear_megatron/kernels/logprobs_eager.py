@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spear_megatron.kernels.softmax_stats import LOWEST, VocabShard
 
-_CHUNK_ELEMENTS = 1 << 24  # bounds each temporary to 64 MiB of fp32
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # bounds each fp32 temporary: to the cache, or to 256 MiB
 _FLOOR = -125 * math.log(2)  # exponents below it count as 0, as in the compiled kernels
 
 
@@ -18,8 +18,9 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_ELEMENTS // max(1, columns))
+def _row_chunks(logits: Tensor) -> Iterator[slice]:
+    rows, columns = logits.shape
+    step = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 26) // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -48,7 +49,7 @@ def row_stats(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: f
     stats[:, 0], stats[:, 3] = LOWEST, -torch.inf
     if shard.columns == 0:
         return stats
-    for rows in _row_chunks(logits.shape[0], shard.columns):
+    for rows in _row_chunks(logits):
         x = logits[rows, : shard.columns].to(dtype)
         maximum = x.amax(1, keepdim=True).clamp(min=LOWEST)
         local, owned = _local_targets(targets[rows], shard)
@@ -88,7 +89,7 @@ def logits_grad(
     slope = -grad_entropy / (total * temperature**2)
     unused = (grad_logprob == 0) & (grad_entropy == 0)
     floor = _FLOOR * temperature
-    for rows in _row_chunks(logits.shape[0], shard.columns):
+    for rows in _row_chunks(logits):
         d = (logits[rows, : shard.columns].to(dtype) - maximum[rows]).clamp_(min=floor)
         grad = (d / temperature).exp_().masked_fill_(d <= floor, 0)
         grad *= d.mul_(slope[rows]).add_(factor[rows])
