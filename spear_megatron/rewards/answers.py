@@ -44,6 +44,17 @@ def canonical_integer(text: str) -> str | None:
     return ("-" if found[1] == "-" and found[2] != "0" else "") + found[2]
 
 
+def canonical_answer(text: str) -> str | None:
+    """The last boxed answer in a turn's ``text`` in a form for voting: equal integers and equal texts are equal.
+
+    None where the text gives no answer.
+    """
+    answer = last_boxed(text)
+    if not answer:
+        return None
+    return canonical_integer(answer) or "".join(answer.split())
+
+
 def quick_verdict(answer: str, truth: str) -> bool | None:
     """Whether the two are equal, by text or as integers; None where that does not decide."""
     if not answer:
