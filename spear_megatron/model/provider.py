@@ -92,16 +92,34 @@ def _build_chunk(
         rotary_base=shape.rope_theta,
         vp_stage=vp_stage,
     )
-    for parameter in chunk.parameters():
-        _set_tensor_parallel_defaults(parameter)
+    _mark_tensor_parallel(chunk)
     return chunk.to(parallel.platform.device)
 
 
-def _set_tensor_parallel_defaults(parameter: torch.nn.Parameter) -> None:
-    """Replicated parameters (norms) get the marks that Megatron's optimizer reads on every parameter."""
-    from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
+    """Put the marks on every parameter that Megatron's optimizer reads to count a gradient once in the global norm.
 
-    set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    Megatron's layers set them while they initialise a weight, which loaded weights skip: without a mark a cut
+    parameter passes for a replicated one and its gradient counts on the first tensor rank only.
+    """
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        set_defaults_if_not_set_tensor_model_parallel_attributes,
+        set_tensor_model_parallel_attributes,
+    )
+
+    for module in chunk.modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or getattr(weight, "tensor_model_parallel", False):
+            continue
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=1, stride=1)
+    for parameter in chunk.parameters():
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
 
 
 def _wrap_ddp(

@@ -94,7 +94,7 @@ class ModelShape:
         _refuse_unsupported(config)
         hidden_size, num_heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
         qwen3 = architecture == "qwen3"
-        qkv_bias = bool(config.get("attention_bias", False)) if qwen3 else True
+        qkv_bias = _flag(config, "attention_bias") if qwen3 else True
         if qwen3 and qkv_bias:
             raise ValueError("attention_bias=true is not supported for qwen3 (it would put a bias on o_proj)")
         head_dim = config.get("head_dim")
@@ -115,7 +115,7 @@ class ModelShape:
             head_dim=head_dim,
             intermediate_size=_integer(config, "intermediate_size"),
             vocab_size=_integer(config, "vocab_size"),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_flag(config, "tie_word_embeddings"),
             qkv_bias=qkv_bias,
             qk_norm=qwen3,
             rms_norm_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
@@ -155,40 +155,44 @@ class ModelShape:
 
 def _architecture(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type")
-    if model_type not in _ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise ValueError(
             f"model_type {model_type!r} is not supported: use a dense Qwen2, Qwen2.5 or Qwen3 model "
             f"(model_type {' or '.join(_ARCHITECTURES)})"
         )
-    declared = config.get("architectures") or [_ARCHITECTURES[model_type]]
-    if _ARCHITECTURES[model_type] not in declared:
-        raise ValueError(f"architectures {declared} is not supported: it must be [{_ARCHITECTURES[model_type]!r}]")
-    return str(model_type)
+    declared = config.get("architectures")
+    if declared is not None and declared != [_ARCHITECTURES[model_type]]:
+        raise ValueError(f"architectures {declared!r} is not supported: it must be [{_ARCHITECTURES[model_type]!r}]")
+    return model_type
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if config.get(key):
-            raise ValueError(f"{key}={config[key]}: mixture-of-experts models are not supported, use a dense one")
+            raise ValueError(f"{key}={config[key]!r}: mixture-of-experts models are not supported, use a dense one")
     if config.get("quantization_config"):
         raise ValueError("quantization_config: quantised weights are not supported, use the unquantised model")
-    layer_types = config.get("layer_types") or ()
-    if config.get("use_sliding_window") and (not layer_types or "sliding_attention" in layer_types):
-        if config.get("max_window_layers", 0) < config.get("num_hidden_layers", 0) or "sliding_attention" in layer_types:
+    layer_types = config.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
+    ):
+        raise ValueError(f"layer_types {layer_types!r}: only a list of full_attention layers is supported")
+    if _flag(config, "use_sliding_window") and not layer_types:
+        # without layer_types, layers from max_window_layers on use the window
+        if _integer(config, "max_window_layers") < _integer(config, "num_hidden_layers"):
             raise ValueError("use_sliding_window=true is not supported: set it to false in config.json")
-    if set(layer_types) - {"full_attention"}:
-        raise ValueError(f"layer_types {sorted(set(layer_types))}: only full_attention layers are supported")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, only silu")
-    if config.get("mlp_bias"):
-        raise ValueError("mlp_bias=true is not supported")
     if config.get("attention_dropout"):
-        raise ValueError(f"attention_dropout={config['attention_dropout']} is not supported: set it to 0.0")
+        raise ValueError(f"attention_dropout={config['attention_dropout']!r} is not supported: set it to 0.0")
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
+    theta = config.get("rope_theta", 10000.0)
     for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key) or {}
+        rope = config.get(key)
+        if rope is None:
+            continue
         if not isinstance(rope, Mapping):
             raise ValueError(f"{key} must be an object, got {rope!r}")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -197,8 +201,15 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         unknown = set(rope) - _PLAIN_ROPE_KEYS
         if unknown or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(f"{key} has unsupported settings {dict(rope)}: only rope_theta is read (plain rope)")
-    theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0))
+        theta = rope.get("rope_theta", theta)
     return _number(theta, "rope_theta")
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return value
 
 
 def _integer(config: Mapping[str, Any], key: str) -> int:
@@ -209,6 +220,6 @@ def _integer(config: Mapping[str, Any], key: str) -> int:
 
 
 def _number(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{key} must be a positive number, got {value!r}")
     return float(value)
