@@ -110,8 +110,8 @@ class CheckpointManager:
         self,
         step: int,
         model_chunks: Sequence[torch.nn.Module],
-        optimizer: Any,
-        scheduler: Any,
+        optimizer: Any | None,
+        scheduler: Any | None,
         small_states: Mapping[str, Any],
     ) -> None:
         """Write the checkpoint of ``step`` and then delete those beyond ``keep``.
@@ -120,7 +120,8 @@ class CheckpointManager:
         completed first.
 
         Args:
-            optimizer: Megatron optimizer. scheduler: has ``state_dict()``, JSON-able.
+            optimizer: Megatron optimizer, or None to save the weights alone.
+            scheduler: has a JSON-able ``state_dict()``; None leaves it out.
             small_states: every other state by name (JSON-able, or holding tensors); rank 0's are written.
 
         Raises:
@@ -130,7 +131,9 @@ class CheckpointManager:
         if self._is_good(step):
             logger.info("checkpoint of step %d exists already", step)
             return
-        self._job = self._prepare(step, model_chunks, optimizer, {"scheduler": scheduler.state_dict(), **small_states})
+        if scheduler is not None:
+            small_states = {"scheduler": scheduler.state_dict(), **small_states}
+        self._job = self._prepare(step, model_chunks, optimizer, small_states)
         self._job.thread = threading.Thread(target=self._write, args=(self._job,), name=f"checkpoint-{step}", daemon=True)
         self._job.thread.start()
         if not self._async:
@@ -159,9 +162,13 @@ class CheckpointManager:
                 self._job.thread.join(POLL_S)
 
     def load_latest(
-        self, model_chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any, required: Collection[str] = ()
+        self,
+        model_chunks: Sequence[torch.nn.Module],
+        optimizer: Any | None,
+        scheduler: Any | None,
+        required: Collection[str] = (),
     ) -> LoadedStates | None:
-        """Load the newest good checkpoint into model, optimizer and scheduler.
+        """Load the newest good checkpoint into model, optimizer and scheduler (those that are not None).
 
         Damaged or partial checkpoints, and those lacking a required state, are passed over with a warning that names
         what is wrong; all ranks share the checking and agree on the choice.
@@ -175,9 +182,12 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints, but none is usable, or the newest good one is of another model.
         """
+        self.wait()
         refusals = []
+        wanted = {"model": model_chunks, "optimizer": optimizer, "scheduler": scheduler}
+        needed = {*required, *(name for name, part in wanted.items() if part is not None)}
         for step in reversed(self.steps()):
-            problems = self._problems(step, {"model", "optimizer", "scheduler", *required})
+            problems = self._problems(step, needed)
             if not problems:
                 return self._load(step, model_chunks, optimizer, scheduler)
             refusals.append(f"{self._store.path(step).name}: {'; '.join(problems)}")
@@ -191,18 +201,22 @@ class CheckpointManager:
             )
         return None
 
-    def _load(self, step: int, model_chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any) -> LoadedStates:
+    def _load(
+        self, step: int, model_chunks: Sequence[torch.nn.Module], optimizer: Any | None, scheduler: Any | None
+    ) -> LoadedStates:
         path = self._store.path(step)
         manifest = read_manifest(path)
         if manifest.fingerprint != self._fingerprint and self._parallel.rank == 0:
             logger.warning("%s was written with another configuration; its states are used as they are", path)
         sharded.load_sharded(self._parallel, path / sharded.FOLDER, model_chunks, optimizer)
         small = states.decode_states(path, manifest)
-        scheduler.load_state_dict(small.pop("scheduler"))
+        saved_schedule = small.pop("scheduler", None)
+        if scheduler is not None:
+            scheduler.load_state_dict(saved_schedule)
         return LoadedStates(step=step, states=small, manifest=manifest, path=path)
 
     def _prepare(
-        self, step: int, model_chunks: Sequence[torch.nn.Module], optimizer: Any, small_states: Mapping[str, Any]
+        self, step: int, model_chunks: Sequence[torch.nn.Module], optimizer: Any | None, small_states: Mapping[str, Any]
     ) -> _Job:
         small: dict[str, tuple[StateEntry, bytes]] = {}
 
@@ -219,8 +233,8 @@ class CheckpointManager:
             self._store.begin(step, (sharded.FOLDER, states.FOLDER, *([assets_module.FOLDER] if self._assets else [])))
 
         self._agree(f"checkpoint of step {step} cannot be written", self._on_rank_0(begin))
-        distributed = {name: StateEntry(SHARDED, sharded.FOLDER) for name in ("model", "optimizer")}
-        entries = distributed | {name: entry for name, (entry, _) in small.items()}
+        names = ("model",) if optimizer is None else ("model", "optimizer")
+        entries = {name: StateEntry(SHARDED, sharded.FOLDER) for name in names} | {name: entry for name, (entry, _) in small.items()}
         return _Job(step, plan, small, entries, needed, time.monotonic() + self._write_timeout_s)
 
     def _write(self, job: _Job) -> None:
@@ -234,7 +248,7 @@ class CheckpointManager:
                 if self._assets is not None:
                     job.entries += assets_module.copy_assets(self._assets, staging / assets_module.FOLDER, files)
         except Exception as error:  # a thread has no caller: every failure travels through poll to all ranks
-            job.error = f"{type(error).__name__}: {error}"
+            job.error = _describe(error)
 
     def _all_written(self, job: _Job) -> bool:
         assert job.thread is not None
@@ -256,8 +270,8 @@ class CheckpointManager:
 
         def commit() -> None:
             if errors:
-                free = self._store.files.free_bytes(self._store.root)
                 self._store.discard(job.step)
+                free = self._store.files.free_bytes(self._store.root)
                 raise CheckpointError(f"{'; '.join(errors)} (needed {job.needed} bytes, {free} were free)")
             assert job.plan.metadata is not None
             folder = self._store.staging_path(job.step) / sharded.FOLDER
@@ -308,3 +322,12 @@ class CheckpointManager:
         errors = [text for text in gather_objects(self._parallel, error) if text]
         if errors:
             raise CheckpointError(f"{what}: {errors[0]}")
+
+
+def _describe(error: BaseException) -> str:
+    """The file system's complaint if there is one behind ``error`` (serialisers hide it), else ``error`` itself."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    shown = cause or error
+    return f"{type(shown).__name__}: {shown}"
