@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -102,8 +103,9 @@ def build(cls: type, values: Mapping[str, Any], key: str, origin: Callable[[str]
     try:
         return cls(**arguments)
     except ValueError as error:
-        text = str(error)
-        blamed = next((name for name in arguments if name in text and origin(join(key, name))), None)
+        text = str(error).removesuffix(".")
+        named = (name for name in arguments if re.search(rf"\b{re.escape(name)}\b", text))
+        blamed = next((name for name in named if origin(join(key, name))), None)
         where = origin(join(key, blamed)) if blamed else ""
         prefix = "" if not key or key in text else f"{key}: "
         raise ValueError(f"{prefix}{text}{where}") from error

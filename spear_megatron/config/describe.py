@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ def field_docs(cls: type) -> dict[str, str]:
             continue
         node = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(node, ast.ClassDef)
-        docs.update(_attributes_section(ast.get_docstring(node) or ""))
+        docs.update(_attributes_section(ast.get_docstring(node) or "", [item.name for item in fields(base)]))
         for statement, following in zip(node.body, node.body[1:]):
             if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
                 continue
@@ -65,21 +66,15 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _attributes_section(docstring: str) -> dict[str, str]:
-    """Entries ``name: text`` (``a, b: text`` for several); continuation lines are indented."""
-    _, _, section = docstring.partition("Attributes:\n")
-    entries: dict[str, str] = {}
-    names: list[str] = []
-    for line in section.splitlines():
-        if line and not line.startswith(" "):
-            break
-        if re.match(r" {4}\w[\w, ]*:", line):
-            head, _, text = line.strip().partition(":")
-            names = head.split(", ")
-            entries.update(dict.fromkeys(names, text.strip()))
-        else:
-            entries.update({name: f"{entries[name]} {line.strip()}".strip() for name in names})
-    return entries
+def _attributes_section(docstring: str, names: list[str]) -> dict[str, str]:
+    """Entries ``name: text`` of a Google-style section; ``a, b: text`` documents several fields."""
+    lines = docstring.partition("Attributes:\n")[2].splitlines()
+    section = itertools.takewhile(lambda line: not line or line.startswith(" "), lines)
+    text = " ".join(" ".join(section).split())
+    one = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    heads = list(re.finditer(rf"(?:^|(?<=\s))((?:{one})(?:, (?:{one}))*): ", text))
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    return {name: text[head.end() : end].strip() for head, end in zip(heads, ends) for name in head[1].split(", ")}
 
 
 def _rows(cls: type, defaults: Mapping[str, Any], prefix: str) -> list[FieldRow]:

@@ -245,7 +245,8 @@ class Sections:
     Attributes:
         a: first, with: a colon
             and a second line.
-        b, c: shared.
+        b, c: shared. d: on the same line, like
+            so.
 
     More text: not an entry.
     """
@@ -253,8 +254,10 @@ class Sections:
     a: int = 1
     b: int = 2
     c: int = 3
+    d: int = 4
 
 
 def test_docs_from_an_attributes_section() -> None:
     docs = {row.key: row.doc for row in field_table(Sections)}
-    assert docs == {"a": "first, with: a colon and a second line.", "b": "shared.", "c": "shared."}
+    assert docs["a"] == "first, with: a colon and a second line."
+    assert (docs["b"], docs["c"], docs["d"]) == ("shared.", "shared.", "on the same line, like so.")

@@ -1,0 +1,54 @@
+"""``doctor [RUN_DIR]``: check this machine, or look for failure patterns in the record of a run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spear_megatron.observability.findings import Finding
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``doctor`` to ``parser``."""
+    parser.add_argument("run_dir", nargs="?", help="directory of a run; without it the machine is checked")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; the exit code is 1 if one of them is an error, else 0."""
+    from spear_megatron.observability.findings import print_findings, worst_level
+
+    findings = _machine() if args.run_dir is None else _run(args.run_dir)
+    if args.json:
+        import dataclasses
+        import json
+
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        print_findings(findings)
+        if not findings:
+            print("no failure pattern found")
+    return 1 if worst_level(findings) == "error" else 0
+
+
+def _run(run_dir: str) -> list[Finding]:
+    from spear_megatron.observability.doctor import diagnose_run
+
+    return diagnose_run(run_dir)
+
+
+def _machine() -> list[Finding]:
+    from spear_megatron.observability.machine import diagnose_machine
+
+    return diagnose_machine({"compiled kernels": _kernels})
+
+
+def _kernels() -> Finding:
+    from spear_megatron.kernels import available
+    from spear_megatron.observability.findings import Finding
+
+    state = available()
+    if not state["compiled"]:
+        return Finding("warning", "compiled kernels", "not usable, slower eager torch stands in", state["reason"])
+    return Finding("ok", "compiled kernels", f"loaded, instruction set {state['isa']}")

@@ -1,0 +1,143 @@
+"""What this machine offers: versions, devices, optional parts with their install commands, room to work in."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from spear_megatron.observability.findings import Finding
+
+MEGATRON_VERSION = "0.16.1"
+_GIB = 1024**3
+
+_EXTRAS = {
+    "tensorboard": ("tensorboard", "pip install tensorboard", "TensorBoard curves (trainer.logger)"),
+    "matplotlib": ("matplotlib", "pip install matplotlib", "learning curves as PNG"),
+    "math_verify": ("math-verify", "pip install math-verify", "answers beyond integers and strings"),
+    "sglang": ("sglang", "pip install -e '.[sglang]'", "SGLang rollouts on GPUs"),
+    "ray": ("ray", "pip install -e '.[ray]'", "rollout workers on several machines"),
+    "nvidia.dali": ("DALI", "pip install -e '.[dali]'", "DALI readers"),
+}
+
+
+def diagnose_machine(probes: Mapping[str, Callable[[], Finding]], work_dir: str | Path = ".") -> list[Finding]:
+    """Look at this machine.
+
+    Args:
+        probes: further checks by name, such as the compiled kernels and the sandbox backends. One that raises becomes
+            an error finding.
+        work_dir: folder whose disk space counts.
+    """
+    found = [_python(), *_torch(), _megatron(), _transformer_engine(), _apex()]
+    for name, probe in probes.items():
+        try:
+            found.append(probe())
+        except Exception as error:  # a broken part is what the doctor is here to report
+            found.append(Finding("error", name, f"the check itself failed: {type(error).__name__}: {error}"))
+    return [*found, _memory(), _cores(), _disk(Path(work_dir)), *_extras()]
+
+
+def installed(module: str) -> bool:
+    """Whether ``module`` can be found, without importing more than its parent packages."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < (3, 11):
+        return Finding("error", "python", version, "use Python 3.11 or newer")
+    return Finding("ok", "python", version)
+
+
+def _torch() -> list[Finding]:
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        return [Finding("error", "torch", f"cannot be imported: {error}", "run 'make setup'")]
+    found = [Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        kinds = ", ".join(sorted(set(names)))
+        found.append(Finding("ok", "CUDA", f"{torch.version.cuda}, {len(names)} devices: {kinds}"))
+    elif torch.version.cuda is None:
+        found.append(Finding("info", "CUDA", "this torch is built for CPU; training runs on CPU with gloo"))
+    else:
+        remedy = "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
+        evidence = f"torch is built for CUDA {torch.version.cuda} but sees no device"
+        found.append(Finding("warning", "CUDA", evidence, remedy))
+    return found
+
+
+def _megatron() -> Finding:
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("error", "megatron-core", "not installed", f"pip install megatron-core=={MEGATRON_VERSION}")
+    if version != MEGATRON_VERSION:
+        remedy = f"pip install megatron-core=={MEGATRON_VERSION}"
+        return Finding("warning", "megatron-core", f"{version}; tested with {MEGATRON_VERSION}", remedy)
+    return Finding("ok", "megatron-core", version)
+
+
+def _transformer_engine() -> Finding:
+    """Installed is not usable: without a GPU its import raises RuntimeError, not ImportError."""
+    name = "transformer-engine"
+    if not installed("transformer_engine"):
+        return Finding("info", name, "not installed; the plain layer spec is used (install it on CUDA machines)")
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, OSError, AssertionError) as error:
+        problem = (str(error).splitlines() or [""])[0]
+        remedy = "pip uninstall transformer-engine on machines without a GPU, else rebuild it for this torch and CUDA"
+        return Finding("warning", name, f"installed but not usable: {type(error).__name__}: {problem}", remedy)
+    return Finding("ok", name, importlib.metadata.version("transformer-engine"))
+
+
+def _apex() -> Finding:
+    if not installed("apex"):
+        return Finding("info", "apex", "not installed; nothing here needs it")
+    if installed("apex.multi_tensor_apply"):
+        return Finding("ok", "apex", "NVIDIA apex")
+    evidence = "the installed package is not NVIDIA's (PyPI's apex is an unrelated web toolkit)"
+    return Finding("warning", "apex", evidence, "pip uninstall apex")
+
+
+def _memory() -> Finding:
+    psutil = importlib.import_module("psutil")
+    memory = psutil.virtual_memory()
+    evidence = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"
+    if memory.available < 2 * _GIB:
+        return Finding("warning", "memory", evidence, "close other programs, or use fewer ranks")
+    return Finding("ok", "memory", evidence)
+
+
+def _cores() -> Finding:
+    usable = len(os.sched_getaffinity(0))
+    return Finding("ok", "cores", f"{usable} usable of {os.cpu_count()}")
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    evidence = f"{free / _GIB:.1f} GiB free at {folder.resolve()}"
+    if free < 2 * _GIB:
+        return Finding("warning", "disk", evidence, "make room, or put trainer.default_local_dir on another disk")
+    return Finding("ok", "disk", evidence)
+
+
+def _extras() -> list[Finding]:
+    found = []
+    for module, (name, command, purpose) in _EXTRAS.items():
+        if installed(module):
+            found.append(Finding("ok", name, f"installed: {purpose}"))
+        else:
+            found.append(Finding("info", name, f"not installed: {purpose}", command))
+    return found
