@@ -38,7 +38,13 @@ def row_key(row: Row) -> RowKey:
 
 
 def packed_length(response_mask: torch.Tensor) -> int:
-    """Positions that a row with this mask (bool [n]) needs: the index of its last sampled token, 0 without any."""
+    """Positions that a row with this mask (bool [n]) needs: the index of its last sampled token, 0 without any.
+
+    Raises:
+        ValueError: the first token is marked as sampled, though nothing precedes it.
+    """
+    if len(response_mask) and bool(response_mask[0]):
+        raise ValueError("The first token of a row is marked as sampled; a row starts with at least one prompt token.")
     hits = torch.nonzero(response_mask)
     return int(hits[-1]) if len(hits) else 0
 

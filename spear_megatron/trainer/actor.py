@@ -96,18 +96,15 @@ class Actor:
         Raises:
             ValueError: a row lacks log-probs that the loss needs.
         """
+        lr = self.optimizer.lr
         figures, norm = self.policy_gradients(rows, on_policy=on_policy)
         skipped = self._apply(figures, norm)
-        return UpdateResult(skipped, self._policy_metrics(figures, norm) if skipped != "empty" else {})
+        return UpdateResult(skipped, _policy_metrics(figures, norm, lr) if skipped != "empty" else {})
 
-    def policy_gradients(
-        self, rows: Sequence[Row], *, on_policy: bool = False, all_reduce_gradients: bool = False
-    ) -> tuple[StepFigures, float]:
+    def policy_gradients(self, rows: Sequence[Row], *, on_policy: bool = False) -> tuple[StepFigures, float]:
         """Loss figures and global gradient norm of a mini-batch; the gradients stay in the model, nothing is applied.
 
-        Args:
-            rows, on_policy: as in :meth:`update`.
-            all_reduce_gradients: leave whole gradients on every rank under the distributed optimizer, for inspection.
+        Arguments as in :meth:`update`.
         """
         config = self._config
         self._require(rows, on_policy)
@@ -123,9 +120,7 @@ class Actor:
             on_policy=on_policy,
         )
         weighted = self._weigh(rows, totals, config.loss_agg_mode)
-        return self._gradients(
-            weighted, totals, loss, temperature=self._temperature, with_entropy=True, all_reduce_gradients=all_reduce_gradients
-        )
+        return self._gradients(weighted, totals, loss, temperature=self._temperature, with_entropy=True)
 
     def sft_update(self, rows: Sequence[Row]) -> UpdateResult:
         """One optimizer step of masked cross-entropy, the mean over all tokens to learn of all ranks."""
@@ -167,21 +162,18 @@ class Actor:
         *,
         temperature: float,
         with_entropy: bool,
-        all_reduce_gradients: bool = False,
     ) -> tuple[StepFigures, float]:
         if totals.num_tokens == 0:
             return StepFigures({"tokens": 0.0}, {}), 0.0
 
         def compute(logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
-            log_probs, entropy = self._token_log_probs(logits, batch, temperature, with_entropy)
+            log_probs, entropy = self._token_log_probs(logits, batch, temperature, with_entropy, inplace_backward=True)
             return loss(log_probs, entropy, batch)
 
         with megatron_on_cpu():
             self.optimizer.zero_grad()
             batch = self._pack(rows)
-            parts = run_forward_backward(
-                self.chunks, batch, compute, self._parallel, all_reduce_gradients=all_reduce_gradients
-            )
+            parts = run_forward_backward(self.chunks, batch, compute, self._parallel)
             norm = self.optimizer.gradient_norm()
         return reduce_figures(parts, self._parallel), norm
 
@@ -215,7 +207,12 @@ class Actor:
         return unpack(batch, values, rows), figures
 
     def _token_log_probs(
-        self, logits: torch.Tensor, batch: MicroBatch, temperature: float, with_entropy: bool
+        self,
+        logits: torch.Tensor,
+        batch: MicroBatch,
+        temperature: float,
+        with_entropy: bool,
+        inplace_backward: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         parallel = self._parallel
         return token_logprobs(
@@ -225,6 +222,8 @@ class Actor:
             valid_vocab=self._valid_vocab,
             with_entropy=with_entropy,
             group=parallel.tp_group if parallel.tp_size > 1 else None,
+            implementation=self._config.kernels,
+            inplace_backward=inplace_backward,
         )
 
     def _share_last_stage(self, values: Sequence[torch.Tensor], batch: TrainBatch) -> list[torch.Tensor]:
@@ -263,23 +262,24 @@ class Actor:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._parallel.cpu_group)
         return int(value)
 
-    def _policy_metrics(self, figures: StepFigures, norm: float) -> dict[str, float]:
-        metrics = {
-            "actor/loss": figures.sums["loss"],
-            "actor/pg_loss": figures.sums["pg_loss"],
-            "actor/entropy": figures.mean("entropy"),
-            "actor/pg_clipfrac": figures.mean("clipped"),
-            "actor/pg_clipfrac_lower": figures.mean("dual_clipped"),
-            "actor/ppo_kl": -figures.mean("log_ratio"),
-            "actor/grad_norm": norm,
-            "actor/lr": self.optimizer.lr,
-            "actor/tokens": figures.sums["tokens"],
-            **_rollout_metrics(figures),
-        }
-        if "kl_loss" in figures.sums:
-            metrics["actor/kl_loss"] = figures.sums["kl_loss"]
-            metrics["actor/ref_kl"] = figures.mean("ref_kl")
-        return metrics
+
+def _policy_metrics(figures: StepFigures, norm: float, lr: float) -> dict[str, float]:
+    metrics = {
+        "actor/loss": figures.sums["loss"],
+        "actor/pg_loss": figures.sums["pg_loss"],
+        "actor/entropy": figures.mean("entropy"),
+        "actor/pg_clipfrac": figures.mean("clipped"),
+        "actor/pg_clipfrac_lower": figures.mean("dual_clipped"),
+        "actor/ppo_kl": -figures.mean("log_ratio"),
+        "actor/grad_norm": norm,
+        "actor/lr": lr,
+        "actor/tokens": figures.sums["tokens"],
+        **_rollout_metrics(figures),
+    }
+    if "kl_loss" in figures.sums:
+        metrics["actor/kl_loss"] = figures.sums["kl_loss"]
+        metrics["actor/ref_kl"] = figures.mean("ref_kl")
+    return metrics
 
 
 def _rollout_metrics(figures: StepFigures) -> dict[str, float]:

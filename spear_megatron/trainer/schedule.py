@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from spear_megatron.device.cpu_shim import megatron_on_cpu
+from spear_megatron.model.forward import packed_seq_params
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.types import MicroBatch, TrainBatch
 
@@ -42,17 +43,11 @@ def run_forward_backward(
     batch: TrainBatch,
     loss: LogitsLoss,
     parallel: ParallelState,
-    *,
-    all_reduce_gradients: bool = False,
 ) -> list[Any]:
     """Forward and backward over all micro-batches, gradients finalized over all ranks.
 
     The loss of the step is the sum over micro-batches and data-parallel ranks: nothing divides by a count, because the
     third value handed to Megatron (the token count) is 0 and ``calculate_per_token_loss`` is set.
-
-    Args:
-        all_reduce_gradients: leave whole summed gradients on every rank also under the distributed optimizer, which
-            otherwise keeps a shard.
 
     Returns:
         What ``loss`` handed back, by micro-batch, on the last pipeline stage; an empty list elsewhere.
@@ -64,7 +59,7 @@ def run_forward_backward(
 
     for chunk in chunks:
         chunk.train()
-    return _run(chunks, batch, loss_function, parallel, forward_only=False, force_all_reduce=all_reduce_gradients)
+    return _run(chunks, batch, loss_function, parallel, forward_only=False)
 
 
 def run_forward(
@@ -122,17 +117,8 @@ def _run(
 
 
 def _items(batch: TrainBatch, device: torch.device) -> list[_Item]:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
     items = []
     for index, micro_batch in enumerate(batch.micro_batches):
         moved = replace(micro_batch, **{name: getattr(micro_batch, name).to(device) for name in _TENSORS})
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=moved.cu_seqlens,
-            cu_seqlens_kv=moved.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
-        items.append(_Item(index, moved, packed))
+        items.append(_Item(index, moved, packed_seq_params(moved.cu_seqlens, batch.max_seqlen)))
     return items
