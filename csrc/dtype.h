@@ -27,7 +27,8 @@ inline void assign(float& target, float value) { target = value; }
 inline void assign(Bfloat16& target, float value) {
     uint32_t bits;
     __builtin_memcpy(&bits, &value, sizeof(bits));
-    target.bits = static_cast<uint16_t>(value == value ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    target.bits = static_cast<uint16_t>(value == value ? rounded : (bits >> 16) | 0x40u);
 }
 
 }  // namespace spear

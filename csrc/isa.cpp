@@ -46,7 +46,8 @@ Isa parse_isa(const char* name) {
             return isa;
         }
     }
-    throw std::invalid_argument(std::string("unknown instruction set '") + name + "'; use auto, generic, avx2 or avx512");
+    throw std::invalid_argument(std::string("unknown instruction set '") + name +
+                                "'; use auto, generic, avx2 or avx512");
 }
 
 }  // namespace spear

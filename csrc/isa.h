@@ -1,4 +1,5 @@
-// Run-time choice of the instruction set. Kernels are compiled for several sets by target attributes, never by -march=native.
+// Run-time choice of the instruction set. Kernels are compiled for several sets by target attributes, never by
+// -march=native.
 #pragma once
 
 namespace spear {

@@ -33,8 +33,8 @@ SPEAR_INLINE Float load(const float* source) {
 
 SPEAR_INLINE void store(float* target, Float value) { __builtin_memcpy(target, &value, sizeof(value)); }
 
-// 2 * kWidth neighbouring elements. Which lane holds which is the affair of load_pair and store_pair: bfloat16 are split
-// into even and odd ones, which takes one instruction each and no shuffle.
+// 2 * kWidth neighbouring elements. Which lane holds which is the affair of load_pair and store_pair: bfloat16 are
+// split into even and odd ones, which takes one instruction each and no shuffle.
 struct Pair {
     Float a;
     Float b;
@@ -79,7 +79,7 @@ SPEAR_INLINE float max_lanes(Float value) {
 }
 
 // 2^x for -125 <= x <= 0, relative error below 2e-7, exactly 1 at 0; NaN gives NaN. Minimax polynomial of degree 5 on
-// [-1/2, 1/2] for the fraction; adding the magic number rounds x to an integer, which then sits in the low mantissa bits.
+// [-1/2, 1/2] for the fraction; adding the magic number rounds x to an integer, which then sits in the low bits.
 SPEAR_INLINE Float exp2_nonpositive(Float x) {
     const Float magic = broadcast(12582912.0f);
     const Float shifted = x + magic;

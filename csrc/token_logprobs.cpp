@@ -112,9 +112,9 @@ void forward(uintptr_t logits, int dtype, int64_t rows, int64_t row_stride, int6
     }
 }
 
-// One row of the gradient from g = (max, sum exp, entropy, gradient of the log-prob, gradient of the entropy), where max
-// and sum are those of the whole vocabulary. With p = exp((x - max) / T) / sum: d log p_t / dx_j = (1[j = t] - p_j) / T
-// and d H / dx_j = -p_j (log p_j + H) / T. `target` is a local column, or outside of the row.
+// One row of the gradient from g = (max, sum exp, entropy, gradient of the log-prob, gradient of the entropy), where
+// max and sum are those of the whole vocabulary. With p = exp((x - max) / T) / sum,
+// d log p_t / dx_j = (1[j = t] - p_j) / T and d H / dx_j = -p_j (log p_j + H) / T. `target` is a local column, or outside of the row.
 void backward_row(const Matrix& x, const Matrix& y, int64_t row, int64_t target, const float* g, const Scale& scale,
                   RowKernels::Backward kernel) {
     const double max = g[0], sum = g[1], entropy = g[2], grad_logprob = g[3], grad_entropy = g[4];
@@ -129,7 +129,8 @@ void backward_row(const Matrix& x, const Matrix& y, int64_t row, int64_t target,
     const double factor = -inv_t / sum * (grad_logprob + grad_entropy * (entropy - std::log(sum)));
     const double slope = -inv_t / sum * inv_t * grad_entropy;
     if (std::isnan(factor) || std::isnan(slope)) {
-        for (int64_t column = 0; column < columns; ++column) y.set(row, column, std::numeric_limits<float>::quiet_NaN());
+        const float nan = std::numeric_limits<float>::quiet_NaN();
+        for (int64_t column = 0; column < columns; ++column) y.set(row, column, nan);
         return;
     }
     const bool owned = target >= 0 && target < columns;

@@ -21,7 +21,7 @@ def _load() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError:
         return None, f"the compiled kernels (spear_megatron._C) are not built; run `{BUILD_COMMAND}` in the repository"
     except ImportError as error:
-        return None, f"spear_megatron._C cannot be loaded ({error}); rebuild it with `{BUILD_COMMAND}` in the repository"
+        return None, f"spear_megatron._C cannot be loaded ({error}); run `{BUILD_COMMAND}` in the repository"
 
 
 def compiled_module() -> ModuleType:
