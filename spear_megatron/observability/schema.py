@@ -39,8 +39,12 @@ _ACTOR = (
     Metric("actor/reward_kl_penalty", "mean KL estimate to the reference subtracted from the reward", "nats"),
     Metric("actor/grad_norm", "global norm of the gradient before clipping, mean over optimizer steps", "norm"),
     Metric("actor/lr", "learning rate of the last optimizer step", "ratio"),
+    Metric("actor/ref_kl", "mean KL estimate to the reference policy over response tokens", "nats"),
+    Metric("actor/tokens", "response tokens of one optimizer step", "tokens"),
     Metric("sft/loss", "mean cross-entropy over trained tokens", "nats"),
     Metric("sft/val_loss", "mean cross-entropy over trained tokens of held-out conversations", "nats"),
+    Metric("sft/grad_norm", "global norm of the gradient before clipping", "norm"),
+    Metric("sft/lr", "learning rate of the step", "ratio"),
     Metric("sft/tokens", "trained tokens of the step", "tokens"),
     Metric("sft/epoch", "passes over the data so far", "epochs"),
 )

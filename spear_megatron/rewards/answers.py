@@ -63,3 +63,11 @@ def quick_verdict(answer: str, truth: str) -> bool | None:
         return True
     left, right = canonical_integer(answer), canonical_integer(truth)
     return left == right if left is not None and right is not None else None
+
+
+def canonical_answer(text: str) -> str | None:
+    """The last boxed answer of ``text`` in a form in which equal integers are equal texts; None without a box."""
+    answer = last_boxed(text)
+    if not answer:
+        return None
+    return canonical_integer(answer) or answer

@@ -63,7 +63,6 @@ class StepSettings:
     val_sampling: SamplingParams
     ppo_mini_batch_size: int
     ppo_epochs: int
-    use_kl_loss: bool
 
 
 @dataclass

@@ -1,0 +1,55 @@
+"""Checks of a whole configuration before anything starts, and the resolved plan as text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spear_megatron.config.schema import Config
+
+
+def check_before_start(config: Config) -> None:
+    """Cross-field checks against the world size and the model's shape.
+
+    Raises:
+        ValueError: the first problem, naming its key and the remedy.
+    """
+    from spear_megatron.config.checks import check_config
+    from spear_megatron.model.shape import ModelShape
+
+    path = config.actor_rollout_ref.model.path
+    if not path:
+        raise ValueError("actor_rollout_ref.model.path is not set: give a model folder in Hugging Face format")
+    check_config(config, ModelShape.from_folder(path), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def print_plan(config: Config) -> None:
+    """The resolved configuration as YAML and what follows from it, as comments."""
+    from spear_megatron.config.describe import to_yaml
+    from spear_megatron.model.shape import ModelShape
+
+    shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
+    megatron = config.actor_rollout_ref.actor.megatron
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    print(to_yaml(config), end="")
+    print(f"# model: {shape.architecture}, {shape.num_parameters():,} parameters, {shape.num_layers} layers")
+    print(
+        f"# layout: {world} ranks = tensor {megatron.tensor_model_parallel_size} x pipeline "
+        f"{megatron.pipeline_model_parallel_size} x data {world // megatron.model_parallel_size}"
+    )
+    print(
+        f"# step: {config.data.train_batch_size} prompts x {config.actor_rollout_ref.rollout.n} samples, "
+        f"{config.trainer.total_training_steps} steps, results in {config.trainer.default_local_dir}"
+    )
+
+
+def save_resolved(config: Config) -> None:
+    """Keep the resolved configuration in the run directory."""
+    from spear_megatron.config.describe import to_yaml
+    from spear_megatron.observability.files import write_atomically
+
+    folder = Path(config.trainer.default_local_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())

@@ -1,0 +1,102 @@
+"""``sft``: supervised cold start on conversations, exported in Hugging Face format."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spear_megatron.cli.common import add_config_arguments, load_config
+
+if TYPE_CHECKING:
+    from spear_megatron.config.schema import Config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``sft`` to ``parser``."""
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train on ``sft.train_files`` or on demonstrations of the built-in tasks, then export."""
+    config = as_supervised(load_config(args))
+    from spear_megatron.cli.preflight import check_before_start, print_plan, save_resolved
+
+    check_before_start(config)
+    if args.dry_run:
+        print_plan(config)
+        return 0
+    from spear_megatron.cli.build import build_actor, load_renderer, open_recorder, start_parallel
+    from spear_megatron.data.sft import SftSource
+    from spear_megatron.model.hf_export import export_hf
+    from spear_megatron.model.shape import ModelShape
+    from spear_megatron.trainer.sft import SupervisedRun, train_supervised
+
+    model = config.actor_rollout_ref.model
+    shape = ModelShape.from_folder(model.path)
+    examples = load_examples(config, load_renderer(model.path))
+    parallel = start_parallel(config)
+    actor, _ = build_actor(config, parallel, shape, config.actor_rollout_ref.actor.optim, config.sft.total_training_steps)
+    recorder = open_recorder(config, parallel, resume_step=None)
+    if parallel.rank == 0:
+        save_resolved(config)
+    train_supervised(
+        SupervisedRun(
+            actor=actor,
+            source=SftSource(examples, seed=config.data.seed),
+            parallel=parallel,
+            recorder=recorder,
+            batch_size=config.sft.train_batch_size,
+            total_steps=config.sft.total_training_steps,
+        )
+    )
+    export_hf(actor.chunks, shape, parallel, Path(config.sft.default_local_dir) / "hf", model.path)
+    recorder.close()
+    parallel.destroy()
+    return 0
+
+
+def as_supervised(config: Config) -> Config:
+    """The configuration with the ``sft.*`` values in the places that supervised training reads."""
+    actor = config.actor_rollout_ref.actor
+    optim = dataclasses.replace(
+        actor.optim,
+        lr=config.sft.lr,
+        min_lr=0.1 * config.sft.lr,
+        lr_warmup_steps=config.sft.lr_warmup_steps,
+        lr_decay_style="cosine",
+    )
+    actor = dataclasses.replace(actor, optim=optim, use_kl_loss=False)
+    trainer = dataclasses.replace(
+        config.trainer,
+        default_local_dir=config.sft.default_local_dir,
+        total_training_steps=config.sft.total_training_steps,
+    )
+    return dataclasses.replace(
+        config,
+        actor_rollout_ref=dataclasses.replace(config.actor_rollout_ref, actor=actor),
+        algorithm=dataclasses.replace(config.algorithm, use_kl_in_reward=False),
+        trainer=trainer,
+    )
+
+
+def load_examples(config: Config, renderer: object) -> list:
+    """Tokenised conversations of ``sft.train_files``, or built-in demonstrations."""
+    from spear_megatron.data.chat import ChatRenderer
+    from spear_megatron.data.sft import cold_start_conversations, encode_conversations, load_conversations
+
+    assert isinstance(renderer, ChatRenderer)
+    sft = config.sft
+    if sft.train_files is not None:
+        conversations = load_conversations([sft.train_files])
+    else:
+        conversations = cold_start_conversations(
+            config.data.generator,
+            count=sft.num_examples,
+            error_rate=sft.error_rate,
+            seed=config.data.seed,
+            instruction=config.data.instruction,
+        )
+    max_length = config.data.max_prompt_length + config.data.max_response_length
+    return encode_conversations(conversations, renderer, max_length=max_length)

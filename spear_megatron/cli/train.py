@@ -1,0 +1,36 @@
+"""``train``: reinforcement learning of an agent. Under ``torchrun`` every rank runs this same program."""
+
+from __future__ import annotations
+
+import argparse
+
+from spear_megatron.cli.common import add_config_arguments, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``train`` to ``parser``."""
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train until the last step; a run directory that was used before is continued."""
+    config = load_config(args)
+    from spear_megatron.cli.preflight import check_before_start, print_plan, save_resolved
+
+    check_before_start(config)
+    if args.dry_run:
+        print_plan(config)
+        return 0
+    from spear_megatron.cli.build import StopFlag, build_run
+    from spear_megatron.trainer.loop import train
+
+    stop = StopFlag()
+    stop.install()
+    built = build_run(config, stop)
+    if built.parallel.rank == 0:
+        save_resolved(config)
+    if built.resumed_from is not None:
+        built.run.parts.recorder.message(f"continuing after step {built.resumed_from}")
+    train(built.run)
+    built.close()
+    return 0
