@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 _BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_DECORATION = re.compile(r"\\[,!;: ]|\\left|\\right|\\circ\b|\^\{\s*\}|[\s$°^]")
-_INTEGER = re.compile(r"([+-]?)0*(\d+)(?:\.0*)?")
+_DECORATION = re.compile(r"\\[,!]|\^?\s*\{?\\circ(?![a-zA-Z])\}?|°|\$")
+_INTEGER = re.compile(r"([+-]?)\s*0*(\d+)(?:\.0*)?")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:\{?,\}?\d{3})+(?:\.0*)?")
 
 
@@ -32,10 +32,10 @@ def last_boxed(text: str) -> str | None:
 def canonical_integer(text: str) -> str | None:
     """``text`` as a plain decimal integer, or None if it is not one.
 
-    Dollar signs, spaces, degree signs, thousands separators, a plus sign, leading zeros and a decimal part of zeros
-    are dropped.
+    Dollar signs, degree signs, thousands separators, a plus sign, leading zeros and a decimal part of zeros are
+    dropped.
     """
-    plain = _DECORATION.sub("", text)
+    plain = _DECORATION.sub("", text).strip()
     if _THOUSANDS.fullmatch(plain):
         plain = plain.replace("{,}", "").replace(",", "")
     found = _INTEGER.fullmatch(plain)
@@ -63,11 +63,3 @@ def quick_verdict(answer: str, truth: str) -> bool | None:
         return True
     left, right = canonical_integer(answer), canonical_integer(truth)
     return left == right if left is not None and right is not None else None
-
-
-def canonical_answer(text: str) -> str | None:
-    """The last boxed answer of ``text`` in a form in which equal integers are equal texts; None without a box."""
-    answer = last_boxed(text)
-    if not answer:
-        return None
-    return canonical_integer(answer) or answer

@@ -1,0 +1,86 @@
+"""Rewards and environments by name, with one clear sentence for what cannot be resolved."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from spear_megatron.environments.code_interpreter import CodeInterpreterEnvironment
+from spear_megatron.environments.config import EnvironmentConfig
+from spear_megatron.environments.registry import environment_factory, needs_sandbox
+from spear_megatron.environments.sandbox.protocol import ExecutionResult, ExecutionStatus
+from spear_megatron.rewards.math import MathReward
+from spear_megatron.rewards.registry import RewardConfig, build_reward
+
+
+class EchoEnvironment:
+    def __init__(self, *, times: int = 1) -> None:
+        self.times = times
+
+
+class Nested:
+    class Reward:
+        def __init__(self, *, scale: float) -> None:
+            self.scale = scale
+
+        async def __call__(self, prompt: object, trajectory: object) -> object: ...
+
+
+class Sandbox:
+    async def run(self, code: str) -> ExecutionResult:
+        return ExecutionResult(status=ExecutionStatus.OK)
+
+    async def close(self) -> None: ...
+
+
+HERE = __name__
+NOT_CALLABLE = 3
+
+
+def test_builtin_names() -> None:
+    assert isinstance(build_reward(RewardConfig(kwargs={"wrong": -1.0})), MathReward)
+    assert needs_sandbox(EnvironmentConfig())
+    factory = environment_factory(EnvironmentConfig(kwargs={"max_calls_per_turn": 1}), Sandbox())
+    first, second = factory(), factory()
+    assert isinstance(first, CodeInterpreterEnvironment) and first is not second
+
+
+def test_names_of_the_user() -> None:
+    config = EnvironmentConfig(name=f"{HERE}:EchoEnvironment", kwargs={"times": 4})
+    assert not needs_sandbox(config)
+    assert environment_factory(config)().times == 4
+    assert build_reward(RewardConfig(name=f"{HERE}:Nested.Reward", kwargs={"scale": 2.0})).scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("mth", {}, "reward.name 'mth' is not known: did you mean 'math'?"),
+        ("zzzzzz", {}, "use one of math or 'module:attribute'"),
+        ("nowhere_at_all:Thing", {}, "cannot import 'nowhere_at_all'"),
+        (f"{HERE}:Missing", {}, "has no attribute 'Missing'"),
+        (f"{HERE}:NOT_CALLABLE", {}, "must be a class or a function"),
+        ("math", {"corect": 1}, "reward.kwargs do not fit MathReward.*corect"),
+        (f"{HERE}:Nested.Reward", {}, "reward.kwargs do not fit Nested.Reward.*scale"),
+        (f"{HERE}:EchoEnvironment", {}, "makes a EchoEnvironment, which cannot be called"),
+    ],
+)
+def test_unusable_names_say_what_to_do(name: str, kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_reward(RewardConfig(name=name, kwargs=kwargs))
+
+
+def test_environment_errors_name_their_section() -> None:
+    with pytest.raises(ValueError, match="env.name 'code_interpretr' is not known: did you mean 'code_interpreter'"):
+        environment_factory(EnvironmentConfig(name="code_interpretr"))
+    with pytest.raises(ValueError, match="needs a sandbox"):
+        environment_factory(EnvironmentConfig())
+    with pytest.raises(ValueError, match="env.kwargs do not fit"):
+        environment_factory(EnvironmentConfig(kwargs={"x": 1}), Sandbox())
+    with pytest.raises(ValueError, match="env.kwargs.max_calls_per_turn"):
+        environment_factory(EnvironmentConfig(kwargs={"max_calls_per_turn": 0}), Sandbox())()
+    with pytest.raises(ValueError, match="env.name is empty"):
+        EnvironmentConfig(name="")
+    with pytest.raises(ValueError, match="reward.name is empty"):
+        RewardConfig(name="")
+    asyncio.run(Sandbox().close())
