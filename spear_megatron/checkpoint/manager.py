@@ -18,6 +18,7 @@ from spear_megatron.checkpoint import sharded, states
 from spear_megatron.checkpoint.errors import CheckpointError
 from spear_megatron.checkpoint.files import FileEntry, FileSystem
 from spear_megatron.checkpoint.manifest import SHARDED, Manifest, StateEntry, read_manifest
+from spear_megatron.checkpoint.optimizer_state import load_schedule_state
 from spear_megatron.checkpoint.store import CheckpointStore
 from spear_megatron.parallel.agreement import gather_objects
 from spear_megatron.parallel.state import ParallelState
@@ -212,7 +213,7 @@ class CheckpointManager:
         small = states.decode_states(path, manifest)
         saved_schedule = small.pop("scheduler", None)
         if scheduler is not None:
-            scheduler.load_state_dict(saved_schedule)
+            load_schedule_state(scheduler, saved_schedule)
         return LoadedStates(step=step, states=small, manifest=manifest, path=path)
 
     def _prepare(

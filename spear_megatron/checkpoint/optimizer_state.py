@@ -50,6 +50,14 @@ def load_optimizer_state(optimizer: Any, loaded: dict[str, Any]) -> None:
             _load_plain(part, state)
 
 
+def load_schedule_state(scheduler: Any, state: dict[str, Any]) -> None:
+    """Put a saved state into a learning-rate schedule, used or fresh."""
+    if hasattr(scheduler, "num_steps"):
+        # megatron-core's scheduler advances by the loaded count from wherever it stands.
+        scheduler.num_steps = 0
+    scheduler.load_state_dict(state)
+
+
 def _load_distributed(part: Any, state: dict[str, Any]) -> None:
     rest = dict(state)
     param_state = rest.pop("param_state")

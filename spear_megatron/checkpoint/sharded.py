@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from torch.distributed.checkpoint import FileSystemWriter, Metadata
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, Metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -162,6 +162,8 @@ def _read(
         loaded, unused, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except (CheckpointingException, KeyError, ValueError) as error:
         return {}, str(error)
+    except CheckpointException as error:  # a BaseException that carries the failures of all ranks
+        return {}, "; ".join(str(failure) for failure, _ in error.failures.values())
     return loaded, _mismatch(unused, absent, with_optimizer=optimizer is not None)
 
 
