@@ -1,4 +1,4 @@
-"""Lets megatron-core run without CUDA: the one place where names of other packages are replaced, and only for a while."""
+"""Lets megatron-core run without CUDA: the only place that replaces names of other packages, and only for a while."""
 
 from __future__ import annotations
 

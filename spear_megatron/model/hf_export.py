@@ -112,7 +112,7 @@ def _write(
         copy_companions(source, partial)
         _write_shards(tensors, plan_shards(shape, dtype, max_shard_bytes), partial)
         _put_in_place(partial, out_dir)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: the source's config.json is not JSON
         shutil.rmtree(partial, ignore_errors=True)
         return str(error)
     return None

@@ -126,7 +126,7 @@ def _gather_tensor_parallel(
     piece: Piece, hf_shape: tuple[int, ...], parallel: ParallelState, kind: Kind
 ) -> torch.Tensor | None:
     """Concatenate the runs of every tensor rank on tp_rank 0 (fresh memory); None on the others."""
-    local = (piece.parameter.data if kind == "param" else piece.parameter.main_grad).detach()
+    local: torch.Tensor = getattr(piece.parameter, "data" if kind == "param" else "main_grad")
     if piece.replicated or parallel.tp_size == 1:
         return _assemble([local], piece, hf_shape) if parallel.tp_rank == 0 else None
     own = [local.narrow(piece.dim, run.local_start, run.length) for run in piece.runs[parallel.tp_rank]]

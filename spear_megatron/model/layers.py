@@ -1,4 +1,4 @@
-"""The two modules of the plain layer spec that megatron-core lacks: a norm for sequence parallelism, packed attention."""
+"""What the plain layer spec needs beyond megatron-core: a norm for sequence parallelism, and packed attention."""
 
 from __future__ import annotations
 

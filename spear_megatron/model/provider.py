@@ -53,12 +53,16 @@ def build_model(
     Raises:
         ValueError: the layout does not fit the model or the process groups.
     """
-    sizes = (megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size)
-    if sizes != (parallel.tp_size, parallel.pp_size) or megatron.virtual_pipeline_model_parallel_size != parallel.vpp_size:
+    wanted = (
+        megatron.tensor_model_parallel_size,
+        megatron.pipeline_model_parallel_size,
+        megatron.virtual_pipeline_model_parallel_size,
+    )
+    made = (parallel.tp_size, parallel.pp_size, parallel.vpp_size)
+    if wanted != made:
         raise ValueError(
-            f"the process groups were made for tensor x pipeline = {parallel.tp_size} x {parallel.pp_size} "
-            f"(virtual {parallel.vpp_size}), the model wants {sizes[0]} x {sizes[1]} "
-            f"(virtual {megatron.virtual_pipeline_model_parallel_size}): initialise them with the same sizes"
+            f"the process groups were made for (tensor, pipeline, virtual pipeline) sizes {made}, the model wants "
+            f"{wanted}: initialise them with the same sizes"
         )
     on_cuda = parallel.platform.is_cuda
     use_te = choose_transformer_engine(kernels, parallel.platform, dtype)

@@ -29,7 +29,8 @@ def check_layout(shape: ModelShape, megatron: MegatronConfig) -> None:
             f"(pipeline_model_parallel_size={megatron.pipeline_model_parallel_size} x "
             f"virtual_pipeline_model_parallel_size={megatron.num_chunks}): choose sizes that divide the layers"
         )
-    for name, size in (("num_attention_heads", shape.num_attention_heads), ("intermediate_size", shape.intermediate_size)):
+    for name in ("num_attention_heads", "intermediate_size"):
+        size = getattr(shape, name)
         if size % tp:
             raise ValueError(f"{name} ({size}) must be a multiple of tensor_model_parallel_size ({tp})")
     groups = shape.num_key_value_heads

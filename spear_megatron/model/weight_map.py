@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from spear_megatron.model.provider import padded_vocab_size
 from spear_megatron.model.shape import ModelShape
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.module import MegatronModule
 
 # Megatron name within a layer -> (Hugging Face names within a layer, cut). Two spellings of the norms: plain spec and
@@ -94,14 +95,15 @@ def local_pieces(model_chunks: Sequence[MegatronModule], shape: ModelShape, tp_s
     return {name: found[name] for name in hf_shapes if name in found}
 
 
-def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """The GPTModel inside the data-parallel wrapper."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+    inner: Any = chunk
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
 
 
-def _lookup(name: str, gpt: torch.nn.Module, shape: ModelShape) -> tuple[tuple[str, ...], str]:
+def _lookup(name: str, gpt: GPTModel, shape: ModelShape) -> tuple[tuple[str, ...], str]:
     if name == _EMBEDDING:
         return ("model.embed_tokens.weight",), "vocab"
     if name == _OUTPUT:
@@ -111,9 +113,9 @@ def _lookup(name: str, gpt: torch.nn.Module, shape: ModelShape) -> tuple[tuple[s
     match = _LAYER_NAME.fullmatch(name)
     if match is None or match[2] not in _LAYER_TABLE:
         raise ValueError(f"Megatron parameter {name} has no Hugging Face counterpart in the weight map")
-    layer_number = gpt.decoder.layers[int(match[1])].layer_number  # 1-based, counted over the whole model
-    hf_names, cut = _LAYER_TABLE[match[2]]
-    return tuple(f"model.layers.{layer_number - 1}.{hf_name}" for hf_name in hf_names), cut
+    layer: Any = gpt.decoder.layers[int(match[1])]
+    hf_names, cut = _LAYER_TABLE[match[2]]  # layer_number is 1-based and counts over the whole model
+    return tuple(f"model.layers.{layer.layer_number - 1}.{hf_name}" for hf_name in hf_names), cut
 
 
 def _runs(

@@ -72,7 +72,9 @@ class MegatronConfig:
                 f"{_PREFIX}.recompute_granularity must be null, selective or full, got {self.recompute_granularity!r}"
             )
         if self.recompute_method not in _RECOMPUTE_METHODS:
-            raise ValueError(f"{_PREFIX}.recompute_method must be null, uniform or block, got {self.recompute_method!r}")
+            raise ValueError(
+                f"{_PREFIX}.recompute_method must be null, uniform or block, got {self.recompute_method!r}"
+            )
         full = self.recompute_granularity == "full"
         if full and (self.recompute_method is None or self.recompute_num_layers is None):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Keyed randomness: every random choice names its seed, its purpose and the ids it belongs to. There is no global RNG."""
+"""Keyed randomness: every random choice names its seed, its purpose and the ids it belongs to."""
 
 from __future__ import annotations
 

@@ -163,6 +163,7 @@ def _describe(platform: Platform, store: dist.Store, vpp: int | None, timeout: t
     dist.all_gather_object(leaders, leader_rank)
     leader_ranks = sorted(set(leaders))
     leader_group = dist.new_group(leader_ranks, backend="gloo", timeout=timeout)
+    world = dist.distributed_c10d._get_default_group()
     return ParallelState(
         platform=platform,
         rank=rank,
@@ -179,7 +180,7 @@ def _describe(platform: Platform, store: dist.Store, vpp: int | None, timeout: t
         dp_group=mpu.get_data_parallel_group(),
         model_group=model_group,
         leader_group=leader_group if rank == leader_rank else None,
-        cpu_group=dist.group.WORLD if platform.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout),
+        cpu_group=world if platform.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout),
         leader_rank=leader_rank,
         store=store,
     )

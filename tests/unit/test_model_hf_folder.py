@@ -50,7 +50,7 @@ def _open(folder: Path) -> HFWeights:
     [
         (lambda t: t.pop(Q_PROJ), f"lacks tensor {Q_PROJ}"),
         (lambda t: [t.pop(name) for name in list(t) if "norm" in name], "and .* more"),
-        (lambda t: t.update({"model.layers.2.extra": torch.zeros(1)}), f"{SINGLE_NAME} holds tensor model.layers.2.extra"),
+        (lambda t: t.update({"model.layers.2.x": torch.zeros(1)}), f"{SINGLE_NAME} holds tensor model.layers.2.x"),
         (lambda t: t.update({Q_PROJ: t[Q_PROJ][:-1].clone()}), f"{Q_PROJ} in .*{SINGLE_NAME} has shape .31, 32."),
         (lambda t: t.update({Q_PROJ: t[Q_PROJ].flatten()}), f"{Q_PROJ} in .*{SINGLE_NAME} has shape .1024."),
         (lambda t: t.update({Q_PROJ: t[Q_PROJ].to(torch.float8_e4m3fn)}), f"{Q_PROJ} .* dtype F8_E4M3"),

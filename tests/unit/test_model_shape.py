@@ -117,7 +117,9 @@ def test_a_sliding_window_that_no_layer_uses_is_accepted() -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(sorted({*QWEN3, "rope_parameters", "rope_scaling", "layer_types", "num_experts", "hidden_act"})),
+        st.sampled_from(
+            sorted({*QWEN3, "rope_parameters", "rope_scaling", "layer_types", "num_experts", "use_sliding_window"})
+        ),
         st.one_of(
             st.none(), st.booleans(), st.integers(-3, 300), st.floats(), st.text(max_size=3), st.lists(st.integers())
         ),
@@ -149,7 +151,7 @@ def test_a_bad_config_file_is_named(content: str | bytes | None, tmp_path: Path)
         ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4}, {}, "virtual_pipeline"),
         ({"tensor_model_parallel_size": 3}, {}, "num_attention_heads"),
         ({"tensor_model_parallel_size": 4}, {"intermediate_size": 50}, "intermediate_size"),
-        ({"tensor_model_parallel_size": 4}, {"num_attention_heads": 12, "num_key_value_heads": 6}, "num_key_value_heads"),
+        ({"tensor_model_parallel_size": 4}, {"num_attention_heads": 12, "num_key_value_heads": 6}, "key_value_heads"),
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"hidden_size": 33}, "hidden_size"),
     ],
 )
