@@ -113,8 +113,9 @@ void forward(uintptr_t logits, int dtype, int64_t rows, int64_t row_stride, int6
 }
 
 // One row of the gradient from g = (max, sum exp, entropy, gradient of the log-prob, gradient of the entropy), where
-// max and sum are those of the whole vocabulary. With p = exp((x - max) / T) / sum,
-// d log p_t / dx_j = (1[j = t] - p_j) / T and d H / dx_j = -p_j (log p_j + H) / T. `target` is a local column, or outside of the row.
+// max and sum are those of the whole vocabulary. With p = exp((x - max) / T) / sum:
+//   d log p_t / dx_j = (1[j = t] - p_j) / T,   d H / dx_j = -p_j (log p_j + H) / T.
+// `target` is a local column, or outside of the row.
 void backward_row(const Matrix& x, const Matrix& y, int64_t row, int64_t target, const float* g, const Scale& scale,
                   RowKernels::Backward kernel) {
     const double max = g[0], sum = g[1], entropy = g[2], grad_logprob = g[3], grad_entropy = g[4];
