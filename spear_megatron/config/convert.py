@@ -57,7 +57,7 @@ def type_name(hint: Any) -> str:
         if origin is list or Ellipsis in args:
             return f"list of {inner[0]}" if inner else "list"
         return f"list of {len(inner)} values ({', '.join(inner)})"
-    if hint is dict or origin in (dict, Mapping, typing.get_origin(Mapping[str, Any])):
+    if hint is dict or origin in (dict, Mapping):
         return "mapping"
     if hint is Any:
         return "any value"
@@ -155,7 +155,7 @@ def _fit(value: Any, hint: Any, key: str, origin: Callable[[str], str]) -> Any:
         return next((item for item in args if item == value and type(item) is type(value)), _NO_FIT)
     if kind in (tuple, list):
         return _fit_sequence(value, kind, args, key, origin)
-    if kind is dict or kind is typing.get_origin(Mapping[str, Any]):
+    if kind is dict or kind is Mapping:
         return _fit_mapping(value, args, key, origin)
     if kind is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

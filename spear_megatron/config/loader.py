@@ -200,6 +200,8 @@ def _walk(root: type, layer: _Layer) -> list[str]:
 
 def _resolve(values: dict[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
     """``values`` with every ``${...}`` replaced, as plain containers."""
+    if not _has_interpolation(values):  # resolving walks every node, which is most of the time of a load
+        return values
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
@@ -209,6 +211,14 @@ def _resolve(values: dict[str, Any], origin: Callable[[str], str]) -> dict[str, 
         raise ValueError("a value refers to itself through ${...}; remove the circle") from error
     assert isinstance(resolved, dict)
     return resolved
+
+
+def _has_interpolation(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_interpolation, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_interpolation, value))
+    return isinstance(value, str) and "${" in value
 
 
 def _overlay(under: Any, over: Any) -> Any:

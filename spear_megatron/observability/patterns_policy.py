@@ -50,13 +50,13 @@ def rollout_drift(record: Record) -> Finding | None:
     last = tail(record, "training/rollout_logp_abs_diff/mean")
     if last is None or last.value < 0.05:
         return None
-    keys = ("actor_rollout_ref.model.dtype", f"{_ROLLOUT}.exact")
+    key = "actor_rollout_ref.model.dtype"
     return Finding(
         "warning",
         "train/rollout drift",
         f"training/rollout_logp_abs_diff/mean is {last} nats; below 0.05 is usual",
-        f"try {keys[0]}=fp32 and {keys[1]}=true; if the difference stays, the engine has other weights",
-        keys,
+        f"try {key}=fp32; if the difference stays, engine and trainer hold other weights or temperatures",
+        (key,),
     )
 
 

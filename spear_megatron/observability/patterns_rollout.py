@@ -106,7 +106,6 @@ _SLOW = {
     "old_log_prob": f"{_ACTOR}.ppo_max_token_len_per_gpu",
     "ref": f"{_ACTOR}.ppo_max_token_len_per_gpu",
     "update_actor": f"{_ACTOR}.ppo_max_token_len_per_gpu",
-    "reward": "reward.workers",
     "publish": "data.train_batch_size",
     "save": "trainer.save_freq",
     "testing": "trainer.test_freq",

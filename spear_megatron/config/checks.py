@@ -1,0 +1,150 @@
+"""Checks that need more than one key, done before anything starts. Each refusal names the keys and the remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spear_megatron.config.schema import Config
+    from spear_megatron.model.shape import ModelShape
+
+_ACTOR = "actor_rollout_ref.actor"
+_ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
+    """Refuse a configuration that cannot run with this model on this many ranks.
+
+    Raises:
+        ValueError: the first problem, naming its keys and the remedy.
+    """
+    from spear_megatron.model.transformer_config import check_layout
+
+    data, actor, rollout = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    megatron = actor.megatron
+    check_world_size(world_size, megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size)
+    check_layout(shape, megatron)
+    check_batch(data.train_batch_size, actor.ppo_mini_batch_size)
+    check_lengths(
+        data.max_prompt_length, data.max_response_length, rollout.max_model_len, shape.max_position_embeddings
+    )
+    multiple = megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
+    longest = data.max_prompt_length + data.max_response_length
+    check_token_budget(actor.ppo_max_token_len_per_gpu, longest, multiple)
+    check_kl("use_kl_loss", actor.use_kl_loss, actor.kl_loss_coef)
+    check_kl("use_kl_in_reward", config.algorithm.use_kl_in_reward, config.algorithm.kl_ctrl.kl_coef)
+    check_group_size(config.algorithm.adv_estimator, rollout.n)
+    check_train_sampling(rollout.top_p, rollout.top_k)
+    validates = config.trainer.val_before_train or config.trainer.test_freq > 0
+    check_validation(validates, data.train_files is not None, data.val_files is not None)
+    steps_per_step = -(-data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
+    check_warmup(actor.optim.lr_warmup_steps, steps_per_step * config.trainer.total_training_steps)
+
+
+def check_world_size(world_size: int, tp: int, pp: int) -> None:
+    """The ranks must form whole model replicas. Raises ValueError."""
+    if world_size % (tp * pp):
+        megatron = f"{_ACTOR}.megatron"
+        raise ValueError(
+            f"{world_size} ranks cannot hold model replicas of {tp * pp} ranks ({megatron}.tensor_model_parallel_size="
+            f"{tp} x {megatron}.pipeline_model_parallel_size={pp}): start a multiple of {tp * pp} ranks or lower these"
+        )
+
+
+def check_batch(train_batch_size: int, ppo_mini_batch_size: int) -> None:
+    """A step's prompts must split into equal mini-batches. Raises ValueError."""
+    if ppo_mini_batch_size > train_batch_size:
+        raise ValueError(
+            f"{_ACTOR}.ppo_mini_batch_size={ppo_mini_batch_size} exceeds data.train_batch_size={train_batch_size}: "
+            f"lower it to at most {train_batch_size}"
+        )
+    if train_batch_size % ppo_mini_batch_size:
+        raise ValueError(
+            f"data.train_batch_size={train_batch_size} is not a multiple of {_ACTOR}.ppo_mini_batch_size="
+            f"{ppo_mini_batch_size}: choose sizes that divide, so that every optimizer step sees as many prompts"
+        )
+
+
+def check_lengths(prompt: int, response: int, model_len: int | None, positions: int) -> None:
+    """A longest conversation must fit the engine and the model's positions. Raises ValueError.
+
+    Args:
+        model_len: ``rollout.max_model_len``; None stands for prompt + response.
+        positions: ``max_position_embeddings`` of the model.
+    """
+    longest = prompt + response
+    if model_len is not None and longest > model_len:
+        raise ValueError(
+            f"data.max_prompt_length={prompt} + data.max_response_length={response} = {longest} exceeds "
+            f"{_ROLLOUT}.max_model_len={model_len}: raise it, or set it to null to follow the lengths"
+        )
+    if longest > positions:
+        raise ValueError(
+            f"data.max_prompt_length={prompt} + data.max_response_length={response} = {longest} exceeds the model's "
+            f"max_position_embeddings={positions}: lower one of the lengths"
+        )
+    if model_len is not None and model_len > positions:
+        raise ValueError(
+            f"{_ROLLOUT}.max_model_len={model_len} exceeds the model's max_position_embeddings={positions}: "
+            f"lower it to at most {positions}, or set it to null"
+        )
+
+
+def check_token_budget(budget: int, longest: int, multiple: int = 1) -> None:
+    """One micro-batch must hold the longest row, padded to ``multiple`` tokens. Raises ValueError."""
+    if budget // multiple * multiple < longest:
+        needed = -(-longest // multiple) * multiple
+        raise ValueError(
+            f"{_ACTOR}.ppo_max_token_len_per_gpu={budget} cannot hold one row of data.max_prompt_length + "
+            f"data.max_response_length = {longest} tokens: raise it to at least {needed}"
+        )
+
+
+def check_kl(switch: str, enabled: bool, coefficient: float) -> None:
+    """A KL term that is switched on needs a coefficient above 0. Raises ValueError.
+
+    Args:
+        switch: ``use_kl_loss`` or ``use_kl_in_reward``.
+    """
+    flag, key = {
+        "use_kl_loss": (f"{_ACTOR}.use_kl_loss", f"{_ACTOR}.kl_loss_coef"),
+        "use_kl_in_reward": ("algorithm.use_kl_in_reward", "algorithm.kl_ctrl.kl_coef"),
+    }[switch]
+    if enabled and coefficient == 0:
+        raise ValueError(f"{flag}=true with {key}=0 computes a KL term without effect: raise {key} or set {flag}=false")
+
+
+def check_group_size(adv_estimator: str, n: int) -> None:
+    """Group-relative advantages need groups. Raises ValueError."""
+    if adv_estimator == "grpo" and n < 2:
+        raise ValueError(
+            f"{_ROLLOUT}.n={n} with algorithm.adv_estimator=grpo makes every advantage 0: sample at least 2 per prompt"
+        )
+
+
+def check_train_sampling(top_p: float, top_k: int) -> None:
+    """Training samples from the whole distribution, whose log-probs the loss uses. Raises ValueError."""
+    for name, value, off in (("top_p", top_p, 1.0), ("top_k", top_k, -1)):
+        if value != off:
+            raise ValueError(
+                f"{_ROLLOUT}.{name}={value} restricts the distribution that training samples from: set it to {off}; "
+                f"{_ROLLOUT}.val_kwargs.{name} may restrict evaluation"
+            )
+
+
+def check_validation(validates: bool, own_train_files: bool, own_val_files: bool) -> None:
+    """Evaluation must measure the tasks that are trained. Raises ValueError."""
+    if validates and own_train_files and not own_val_files:
+        raise ValueError(
+            "data.val_files is null while data.train_files names files: name held-out files, or switch evaluation off "
+            "with trainer.val_before_train=false and trainer.test_freq=-1"
+        )
+
+
+def check_warmup(warmup_steps: int, total_steps: int) -> None:
+    """The learning rate must reach its peak within the run. Raises ValueError."""
+    if warmup_steps >= total_steps:
+        raise ValueError(
+            f"{_ACTOR}.optim.lr_warmup_steps={warmup_steps} leaves nothing of the run's {total_steps} optimizer steps: "
+            "lower it, or raise trainer.total_training_steps"
+        )
