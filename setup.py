@@ -30,7 +30,7 @@ class BuildKernels(build_ext):
                 super().build_extensions()
         except CompileError as error:
             raise CompileError(
-                f"{error}\nThe kernels in csrc/ need GCC >= 10 or Clang >= 14 with C++17, OpenMP and the Python headers "
+                f"{error}\nThe kernels in csrc/ need a GCC with C++17 and OpenMP, and the Python headers "
                 "(Debian and Ubuntu: apt-get install g++ libgomp1 python3-dev); CXX chooses the compiler."
             ) from error
 
