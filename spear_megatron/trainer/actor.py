@@ -284,7 +284,7 @@ def _policy_metrics(figures: StepFigures, norm: float, lr: float) -> dict[str, f
 
 def _rollout_metrics(figures: StepFigures) -> dict[str, float]:
     return {
-        "training/rollout_log_probs_diff_mean": figures.mean("rollout_log_probs_diff"),
-        "training/rollout_log_probs_diff_max": figures.maxima.get("rollout_log_probs_diff", 0.0),
-        "training/rollout_probs_diff_mean": figures.mean("rollout_probs_diff"),
+        "training/rollout_logp_abs_diff/mean": figures.mean("rollout_log_probs_diff"),
+        "training/rollout_logp_abs_diff/max": figures.maxima.get("rollout_log_probs_diff", 0.0),
+        "training/rollout_probs_diff/mean": figures.mean("rollout_probs_diff"),
     }

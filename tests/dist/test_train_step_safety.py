@@ -42,9 +42,10 @@ def state_of(actor: Any) -> list[torch.Tensor]:
 
 def poisoned(rows: list, value: float, parallel: Any) -> list:
     """Rows of the last data-parallel rank get an advantage that spoils the loss or its gradient."""
-    if parallel.dp_rank != parallel.dp_size - 1 or not rows:
+    if parallel.dp_rank != parallel.dp_size - 1:
         return rows
-    return [replace(rows[0], advantages=rows[0].response_mask * value), *rows[1:]]
+    victim = next(row for row in rows if row.response_mask.any())
+    return [replace(row, advantages=row.response_mask * value) if row is victim else row for row in rows]
 
 
 def skip_on_rank(folder: str, layout: Layout, value: float) -> dict[str, Any]:
