@@ -22,7 +22,8 @@ from spear_megatron.environments.sandbox.protocol import ExecutionResult, Execut
 _BOOTSTRAP = "import sys; sys.path.insert(0, sys.argv.pop(1)); from jail.server import main; main()"
 _MAX_MESSAGE_BYTES = 1 << 16
 _START_S = 60.0
-_GRACE_S = 5.0
+_REPORT_GRACE_S = 30.0  # a loaded machine may keep the server from running for seconds
+_EXIT_S = 5.0
 _DRAIN_S = 2.0
 # One thread for each numeric library: no idle pools that a fork would lose, and sums in one order.
 _SERVER_ENVIRONMENT = {
@@ -50,10 +51,11 @@ class ServerProcess:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._scratch = ""
         arguments = [str(Path(__file__).parent), settings.to_json(), str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-s", "-P", "-B", "-c", _BOOTSTRAP, *arguments],
+                [sys.executable, "-S", "-s", "-P", "-B", "-c", _BOOTSTRAP, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
@@ -72,6 +74,7 @@ class ServerProcess:
         message = json.loads(data) if data else {"failed": f"the server died while it started: {self.log_tail()}"}
         if "failed" in message:
             raise ServerError(message["failed"])
+        self._scratch = message["scratch"]
         return dict(message)
 
     def log_tail(self) -> str:
@@ -88,15 +91,20 @@ class ServerProcess:
 
     def wait(self) -> None:
         """Block until the killed process is gone, at most 5 s."""
-        self._process.wait(_GRACE_S)
-        self._log.close()
+        self._process.wait(_EXIT_S)
+        self._clean_up()
 
     def collected(self) -> bool:
-        """Whether the process has ended and been waited for."""
+        """Whether the killed process has ended; what it left on disk is then deleted."""
         if self._process.poll() is None:
             return False
-        self._log.close()
+        self._clean_up()
         return True
+
+    def _clean_up(self) -> None:
+        self._log.close()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 class Connection:
@@ -107,7 +115,6 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._process = ServerProcess(settings)
         self._process.control.setblocking(False)
-        self._scratch = ""
         self._next_id = 1
         self._runs: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self.failure: str | None = None
@@ -126,7 +133,6 @@ class Connection:
         except (OSError, TimeoutError, ServerError) as error:
             await self.close(str(error) or "the server did not start")
             raise ServerError(str(error) or f"the sandbox server did not start within {_START_S:.0f} s") from error
-        self._scratch = message["scratch"]
         self.preloaded = tuple(message["ready"])
         self._loop.add_reader(control, self._receive)
 
@@ -166,11 +172,9 @@ class Connection:
     async def close(self, reason: str = "the sandbox was closed") -> None:
         """Kill the server with all programs and wait, at most 5 s, until it is gone."""
         self._fail(reason)
-        deadline = time.monotonic() + _GRACE_S
+        deadline = time.monotonic() + _EXIT_S
         while not self._process.collected() and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
 
     async def execute(self, code: str) -> ExecutionResult:
         """Run one program; see ``Sandbox.run``. A server that misses its own deadline is declared dead."""
@@ -185,6 +189,7 @@ class Connection:
         except OSError as error:
             return infrastructure(f"could not hand the program to the sandbox server: {error}")
         finally:
+            self._runs.pop(run_id, None)
             for capture in captures:
                 capture.close()
         status, detail = _classify(outcome, any(capture.truncated for capture in captures), self._settings)
@@ -212,11 +217,10 @@ class Connection:
             os.close(source)
             for capture in captures:
                 capture.release_write_end()
-        limit_s = self._settings.wall_s + _GRACE_S
+        limit_s = self._settings.wall_s + _REPORT_GRACE_S
         try:
             done, _ = await asyncio.wait([future], timeout=limit_s)
         except asyncio.CancelledError:
-            self._runs.pop(run_id, None)
             self._send_kill(run_id, "cancelled")
             raise
         if not done:

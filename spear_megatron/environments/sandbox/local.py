@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import site
 import tempfile
 
 from spear_megatron.environments.sandbox.config import SandboxConfig
@@ -25,6 +26,7 @@ def server_settings(config: SandboxConfig, backend: str) -> Settings:
         processes=config.processes,
         disk_mb=config.disk_mb,
         preload=config.preload,
+        packages=tuple(site.getsitepackages()),
         scratch=tempfile.gettempdir(),
     )
 

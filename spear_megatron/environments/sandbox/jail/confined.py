@@ -30,8 +30,7 @@ class LandlockJail:
 
     def enter(self) -> None:
         """Prepare the server. As root it takes another identity where that one can still read the runtime."""
-        folders = runtime.folders()
-        runtime.restrict_module_path(folders)
+        folders = runtime.folders(self._settings.packages)
         if os.geteuid() == 0:
             if _readable_as(_NOBODY, folders):
                 linux.become(_NOBODY)

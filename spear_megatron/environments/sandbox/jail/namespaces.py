@@ -77,8 +77,7 @@ class NamespaceJail:
         Raises:
             OSError: what the kernel, its policy or the container refused.
         """
-        folders = runtime.folders()
-        runtime.restrict_module_path(folders)
+        folders = runtime.folders(self._settings.packages)
         flags = linux.CLONE_NEWUSER | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
         root = os.geteuid() == 0
         mounts_as_root = root and bool(linux.effective_capabilities() >> linux.CAP_SYS_ADMIN & 1)

@@ -34,12 +34,9 @@ def _replace_streams() -> None:
 def _seed() -> None:
     """Give every source of random numbers that has a global state the same start in every run."""
     random.seed(_SEED)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(_SEED)
-    sympy_random = sys.modules.get("sympy.core.random")
-    if sympy_random is not None:
-        sympy_random.seed(_SEED)
+    for name in ("numpy.random", "sympy.core.random"):
+        if name in sys.modules:
+            sys.modules[name].seed(_SEED)
 
 
 def _report(error: BaseException) -> None:

@@ -15,6 +15,8 @@ from .settings import Settings
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC0", "OMP_NUM_THREADS": "1"}
+# What these modules import at first use.
+_LAZY_PARTS = {"numpy": ("numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial"), "sympy": ("sympy.core.random",)}
 _MAX_OPEN_FILES = 64
 _MAX_PENDING_SIGNALS = 256
 
@@ -30,6 +32,9 @@ def preload(names: Iterable[str]) -> list[str]:
                 raise
         else:
             loaded.append(name)
+    for name in loaded:
+        for part in _LAZY_PARTS.get(name, ()):
+            importlib.import_module(part)
     if "sympy" in loaded:
         import sympy
 
@@ -39,22 +44,25 @@ def preload(names: Iterable[str]) -> list[str]:
     return loaded
 
 
-def _module_folders() -> set[str]:
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    folders = {path for name, path in sysconfig.get_paths().items() if name in names}
-    return folders | {os.path.dirname(os.__file__)} | set(site.getsitepackages())
+def start_interpreter(packages: Iterable[str]) -> None:
+    """Do what the module ``site`` does at a normal start, but for its path files: those may lead to host files."""
+    site.setquit()
+    site.setcopyright()
+    site.sethelper()
+    sys.path += packages
 
 
 def _library_folders() -> set[str]:
     """Folders of the shared libraries in this process; modules that are imported later find theirs there, too."""
     with open("/proc/self/maps") as maps:
         files = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if ".so" in line}
-    return {os.path.dirname(path) for path in files if path.startswith("/")}
+    return {os.path.dirname(path) for path in files if path.startswith("/")} - {"/"}
 
 
-def folders() -> list[str]:
-    """Real paths of all folders of the runtime, none below another."""
-    existing = {os.path.realpath(path) for path in _module_folders() | _library_folders() if os.path.isdir(path)}
+def folders(packages: Iterable[str]) -> list[str]:
+    """Real paths of all folders of the runtime, ``packages`` among them, none below another."""
+    wanted = {os.path.dirname(os.__file__), sysconfig.get_path("platstdlib"), *packages} | _library_folders()
+    existing = {os.path.realpath(path) for path in wanted if os.path.isdir(path)}
     if os.path.isdir("/usr/share/zoneinfo"):
         existing.add("/usr/share/zoneinfo")
     result: list[str] = []
@@ -62,14 +70,6 @@ def folders() -> list[str]:
         if not any(path.startswith(parent + "/") for parent in result):
             result.append(path)
     return result
-
-
-def restrict_module_path(allowed: Iterable[str]) -> None:
-    """Keep only the entries of ``sys.path`` that programs can read."""
-    parents = tuple(allowed)
-    sys.path[:] = [
-        entry for entry in sys.path if any(os.path.realpath(entry).startswith(parent) for parent in parents)
-    ]
 
 
 def address_space_bytes() -> int:

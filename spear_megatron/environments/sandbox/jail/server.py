@@ -27,6 +27,7 @@ from .settings import READY, Settings
 _MAX_MESSAGE_BYTES = 4096
 _SHORTEST_WATCH_S = 0.02
 _DISK_WATCH_S = 0.05
+_IDLE_S = 3600.0
 _TRIAL_S = 10.0
 _MAX_FD = 1 << 16
 
@@ -91,8 +92,8 @@ class Server:
         self._selector.register(self._control, selectors.EVENT_READ, None)
         while True:
             now = time.monotonic()
-            timeout = min((run.watch_at for run in self._runs.values()), default=now + 3600.0) - now
-            for key, _ in self._selector.select(max(0.0, timeout)):
+            next_watch = min((run.watch_at for run in self._runs.values()), default=now + _IDLE_S)
+            for key, _ in self._selector.select(max(0.0, next_watch - now)):
                 if key.data is not None:
                     self._send(self._reap(key.data))
                 elif not self._receive():
@@ -206,7 +207,7 @@ class Server:
 
     def _stop(self, run: _Run, reason: str) -> None:
         run.reason = run.reason or reason
-        run.watch_at = float("inf")
+        run.watch_at = time.monotonic() + _IDLE_S
         os.kill(run.pid, signal.SIGKILL)
 
     def _reap(self, run: _Run) -> dict[str, object]:
@@ -238,6 +239,7 @@ def main() -> None:
     sys.path.remove(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        runtime.start_interpreter(settings.packages)
         loaded = runtime.preload(settings.preload)
         jail: Jail = NamespaceJail(settings) if settings.backend == "namespaces" else LandlockJail(settings)
         jail.enter()

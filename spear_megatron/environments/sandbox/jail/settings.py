@@ -12,7 +12,11 @@ READY = b"ready"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Backend and limits of every run; units as in ``SandboxConfig``. ``scratch`` is used without namespaces only."""
+    """Backend and limits of every run; units as in ``SandboxConfig``.
+
+    ``packages`` are the folders of installed modules that programs may import from. ``scratch`` is the folder on disk
+    below which programs get theirs, in backend ``landlock`` only.
+    """
 
     backend: str
     memory_mb: int
@@ -22,6 +26,7 @@ class Settings:
     processes: int
     disk_mb: int
     preload: tuple[str, ...]
+    packages: tuple[str, ...]
     scratch: str
 
     def to_json(self) -> str:
@@ -32,4 +37,4 @@ class Settings:
     def from_json(cls, text: str) -> Settings:
         """Inverse of ``to_json``."""
         values = json.loads(text)
-        return cls(**{**values, "preload": tuple(values["preload"])})
+        return cls(**{**values, "preload": tuple(values["preload"]), "packages": tuple(values["packages"])})
