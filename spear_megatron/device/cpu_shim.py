@@ -44,11 +44,6 @@ def megatron_on_cpu() -> Iterator[None]:
             _active -= 1
 
 
-def is_active() -> bool:
-    """Whether ``megatron_on_cpu`` is entered somewhere in this process."""
-    return _active > 0
-
-
 def _replacements() -> list[tuple[Any, str, Any]]:
     from megatron.core.tensor_parallel import random as megatron_random
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -10,10 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from harness import run_ranks
+from pipeline import run_pipeline
 from tiny import make_tiny_hf
 
-from spear_megatron.device.cpu_shim import megatron_on_cpu
-from spear_megatron.model.forward import forward_chunk
 from spear_megatron.model.hf_io import iter_hf_tensors, load_hf_folder
 from spear_megatron.model.provider import build_model
 from spear_megatron.model.shape import ModelShape
@@ -65,15 +63,15 @@ def references(models: dict[str, Path]) -> dict[str, dict[str, torch.Tensor]]:
     return {name: _reference_gradients(folder) for name, folder in models.items()}
 
 
-def _batch(number: int, vocab_size: int) -> tuple[SimpleNamespace, torch.Tensor]:
-    """(packed micro-batch, weights [T, vocab] of its linear loss)."""
+def _batch(number: int, vocab_size: int) -> SimpleNamespace:
+    """Packed micro-batch with the weights [T, vocab] of its linear loss."""
     generator = torch.Generator().manual_seed(number)
-    batch = SimpleNamespace(
+    return SimpleNamespace(
         tokens=torch.randint(0, vocab_size, (sum(LENGTHS),), generator=generator),
         position_ids=torch.cat([torch.arange(n) for n in LENGTHS]),
         cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32),
+        weights=torch.randn(sum(LENGTHS), vocab_size, generator=generator),
     )
-    return batch, torch.randn(sum(LENGTHS), vocab_size, generator=generator)
 
 
 def _reference_gradients(folder: Path) -> dict[str, torch.Tensor]:
@@ -81,8 +79,8 @@ def _reference_gradients(folder: Path) -> dict[str, torch.Tensor]:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for number in range(NUM_BATCHES):
-        batch, weights = _batch(number, model.config.vocab_size)
-        for row, weight in zip(batch.tokens.split(LENGTHS), weights.split(LENGTHS)):
+        batch = _batch(number, model.config.vocab_size)
+        for row, weight in zip(batch.tokens.split(LENGTHS), batch.weights.split(LENGTHS)):
             (model(row[None]).logits[0] * weight).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -114,37 +112,21 @@ def _gradients(folders: dict[str, Path], layout: Layout) -> dict[str, dict[str, 
 
 
 def _accumulate(chunks: list, shape: ModelShape, parallel: Any) -> None:
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+    def loss(logits: torch.Tensor, batch: SimpleNamespace) -> torch.Tensor:
+        part = logits.shape[-1]
+        padded = torch.nn.functional.pad(batch.weights, (0, part * parallel.tp_size - shape.vocab_size))
+        own = padded[:, parallel.tp_rank * part : (parallel.tp_rank + 1) * part]
+        return (logits[0] * own).sum()
 
-    def step(numbers: Iterator[int], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        batch, weights = _batch(next(numbers), shape.vocab_size)
-
-        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            part = logits.shape[-1]
-            padded = torch.nn.functional.pad(weights, (0, part * parallel.tp_size - shape.vocab_size))
-            own = padded[:, parallel.tp_rank * part : (parallel.tp_rank + 1) * part]
-            return (logits[0] * own).sum(), torch.tensor(0, dtype=torch.int), {}
-
-        return forward_chunk(chunk, batch), loss
-
-    numbers = list(range(parallel.dp_rank, NUM_BATCHES, parallel.dp_size))
-    with megatron_on_cpu():
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=[iter(numbers) for _ in chunks],
-            model=chunks,
-            num_microbatches=len(numbers),
-            seq_length=sum(LENGTHS),
-            micro_batch_size=1,
-            forward_only=False,
-        )
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    numbers = range(parallel.dp_rank, NUM_BATCHES, parallel.dp_size)
+    run_pipeline(chunks, [_batch(number, shape.vocab_size) for number in numbers], loss, backward=True)
 
 
-def _check(name_of_layout: Layout, models: dict[str, Path], references: dict[str, dict[str, torch.Tensor]]) -> None:
-    results = [result for result in run_ranks(_gradients, name_of_layout.world, models, name_of_layout) if result]
-    assert len(results) == name_of_layout.world // (name_of_layout.tp * name_of_layout.pp)
+def _check(layout: Layout, models: dict[str, Path], references: dict[str, dict[str, torch.Tensor]]) -> None:
+    results = [result for result in run_ranks(_gradients, layout.world, models, layout) if result]
+    assert len(results) == layout.world // (layout.tp * layout.pp)
     for name, reference in references.items():
         for result in results:
             assert result[name].keys() == reference.keys()

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
+from pipeline import run_pipeline
 from safetensors.torch import load_file
 from tiny import make_tiny_hf
 
-from spear_megatron.model.forward import forward_only
 from spear_megatron.model.hf_export import export_hf
 from spear_megatron.model.hf_io import iter_hf_tensors, load_hf_folder
 from spear_megatron.model.provider import build_model
@@ -108,7 +108,7 @@ def _run(folders: dict[str, Path], layout: Layout, dtype: torch.dtype, out: Path
             dist.all_gather(parts, local.contiguous(), group=parallel.tp_group)
             return torch.cat(parts, dim=-1)[0, :, :vocab].float()
 
-        outputs = forward_only(chunks, _batches(shape.vocab_size), collect)
+        outputs = run_pipeline(chunks, _batches(shape.vocab_size), collect, backward=False)
         assert bool(outputs) == parallel.is_last_stage
         if outputs:
             logits[name] = torch.stack(outputs)
