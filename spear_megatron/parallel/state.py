@@ -148,7 +148,7 @@ def _start_megatron(*, tp: int, pp: int, vpp: int | None, seed: int, timeout_s: 
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vpp,
-            distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # goes into a timedelta
+            distributed_timeout_minutes=timeout_s / 60,  # any number: it goes into a timedelta
         )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
