@@ -25,8 +25,8 @@ class DataConfig:
     problem. ``seed`` keys the order of the prompts.
     """
 
-    train_files: tuple[str, ...] | None = None
-    val_files: tuple[str, ...] | None = None
+    train_files: tuple[str, ...] | str | None = None
+    val_files: tuple[str, ...] | str | None = None
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     train_batch_size: int = 64
     max_prompt_length: int = 1024
@@ -39,13 +39,18 @@ class DataConfig:
         for key in ("train_files", "val_files"):
             value = getattr(self, key)
             if value is not None:
-                files = (value,) if isinstance(value, str) else tuple(str(item) for item in value)
-                if not files:
-                    raise ValueError(f"data.{key} is an empty list: name files, or use null for generated problems")
+                files = (value,) if isinstance(value, str) else tuple(value)
+                if not files or "" in files:
+                    raise ValueError(f"data.{key} names no file: name files, or use null for generated problems")
                 object.__setattr__(self, key, files)
         for key in ("train_batch_size", "max_prompt_length", "max_response_length"):
             if getattr(self, key) < 1:
                 raise ValueError(f"data.{key} must be at least 1, got {getattr(self, key)}")
+
+    def files(self, split: Split) -> tuple[str, ...] | None:
+        """The files of a split, or None for the built-in generator."""
+        value = self.train_files if split == "train" else self.val_files
+        return (value,) if isinstance(value, str) else value
 
 
 class PromptSource:
@@ -90,7 +95,7 @@ def load_prompts(config: DataConfig, split: Split) -> list[Prompt]:
     Raises:
         ValueError: a row is not usable (named by file and line), an id occurs twice, or there are no rows.
     """
-    files = config.train_files if split == "train" else config.val_files
+    files = config.files(split)
     if files is None:
         return [_generated_prompt(problem, config.instruction) for problem in generate_problems(config.generator, split)]
     prompts: list[Prompt] = []

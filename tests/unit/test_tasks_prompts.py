@@ -107,7 +107,7 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
         load_prompts(DataConfig(val_files=str(tmp_path / "nowhere.jsonl")), "val")
     with pytest.raises(ValueError, match="data.val_files has no rows"):
         load_prompts(DataConfig(val_files=write(tmp_path / "empty.jsonl", [])), "val")
-    with pytest.raises(ValueError, match="data.train_files is an empty list"):
+    with pytest.raises(ValueError, match="data.train_files names no file"):
         DataConfig(train_files=())
     with pytest.raises(ValueError, match="data.max_prompt_length"):
         DataConfig(max_prompt_length=0)
