@@ -41,7 +41,7 @@ def _run(run_dir: str) -> list[Finding]:
 def _machine() -> list[Finding]:
     from spear_megatron.observability.machine import diagnose_machine
 
-    return diagnose_machine({"compiled kernels": _kernels})
+    return diagnose_machine({"compiled kernels": _kernels, "code sandbox": _sandbox})
 
 
 def _kernels() -> Finding:
@@ -52,3 +52,17 @@ def _kernels() -> Finding:
     if not state["compiled"]:
         return Finding("warning", "compiled kernels", "not usable, slower eager torch stands in", state["reason"])
     return Finding("ok", "compiled kernels", f"loaded, instruction set {state['isa']}")
+
+
+def _sandbox() -> Finding:
+    from spear_megatron.environments.sandbox import probe
+    from spear_megatron.observability.findings import Finding
+
+    backends = probe()
+    works = [item.backend for item in backends if item.available]
+    fails = "; ".join(f"{item.backend} does not work: {item.reason}" for item in backends if not item.available)
+    if not works:
+        remedy = "allow unprivileged user namespaces or Landlock, or set env.sandbox.backend=remote and env.sandbox.url"
+        return Finding("error", "code sandbox", fails, remedy, ("env.sandbox.backend", "env.sandbox.url"))
+    evidence = f"{' and '.join(works)} work{'s' if len(works) == 1 else ''}"
+    return Finding("ok", "code sandbox", f"{evidence}; {fails}" if fails else evidence)

@@ -142,8 +142,8 @@ def shown(value: Any) -> str:
     text = text if len(text) <= 80 else text[:77] + "..."
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    kind = {str: "string", dict: "mapping", list: "list"}.get(type(value), type(value).__name__)
-    return f"{text} ({kind})"
+    names: dict[type, str] = {str: "string", dict: "mapping", list: "list"}
+    return f"{text} ({names.get(type(value), type(value).__name__)})"
 
 
 _NO_FIT = object()

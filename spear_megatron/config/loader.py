@@ -210,7 +210,7 @@ def _resolve(values: dict[str, Any], origin: Callable[[str], str]) -> dict[str, 
     except RecursionError as error:
         raise ValueError("a value refers to itself through ${...}; remove the circle") from error
     assert isinstance(resolved, dict)
-    return resolved
+    return {str(key): value for key, value in resolved.items()}
 
 
 def _has_interpolation(value: Any) -> bool:

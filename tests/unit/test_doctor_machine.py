@@ -82,4 +82,4 @@ def test_doctor_command(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert code == (1 if any(item["level"] == "error" for item in found) else 0)
-    assert {"python", "torch", "megatron-core", "compiled kernels"} <= {item["name"] for item in found}
+    assert {"python", "torch", "megatron-core", "compiled kernels", "code sandbox"} <= {item["name"] for item in found}

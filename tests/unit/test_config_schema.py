@@ -1,0 +1,63 @@
+"""The real configuration: defaults load, round-trip, are documented; the doctor names keys that exist."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from spear_megatron.config.describe import field_table, flatten, to_yaml
+from spear_megatron.config.loader import load, valid_keys
+from spear_megatron.config.schema import Config
+
+REPOSITORY = Path(__file__).parents[2]
+DOCTOR = [REPOSITORY / "spear_megatron" / "observability" / f"patterns_{part}.py" for part in ("policy", "rollout")]
+
+
+def test_defaults_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(load(Config)))
+    assert load(Config, path) == load(Config) == Config()
+
+
+def test_every_field_is_in_the_table_and_documented() -> None:
+    rows = {row.key: row for row in field_table(Config)}
+    assert set(rows) == set(flatten(Config()))
+    assert [key for key, row in rows.items() if not row.doc] == []
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("**/*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations_load(path: Path) -> None:
+    load(Config, path)
+
+
+def test_the_doctor_names_keys_that_exist() -> None:
+    from spear_megatron.observability import patterns_policy, patterns_rollout
+
+    keys = set(valid_keys(Config))
+    named = set()
+    for path, module in zip(DOCTOR, (patterns_policy, patterns_rollout)):
+        text = path.read_text()
+        for name in ("_ACTOR", "_ROLLOUT", "_LR"):
+            text = text.replace(f"{{{name}}}", getattr(module, name, ""))
+        pattern = r"(?:actor_rollout_ref|data|trainer|env|reward|algorithm)\.[a-z_]+(?:\.[a-z_]+)*"
+        named |= set(re.findall(pattern, text))
+    assert len(named) > 15
+    assert named - keys == set()
+
+
+def test_fuzzed_values_of_the_real_configuration() -> None:
+    rng, keys = random.Random(0), list(flatten(Config()))
+    values = ["-1", "0", "null", "x", "[]", "{}", "1e9", "true", "[1, x]", "1.5", "'quoted'", "${trainer.seed}", "[1"]
+    refused = 0
+    for _ in range(1500):
+        key, value = rng.choice(keys), rng.choice(values)
+        try:
+            load(Config, None, [f"{key}={value}"])
+        except ValueError as error:
+            refused += 1
+            text = str(error)
+            assert "\n" not in text and key.split(".")[0] in text, (key, value, text)
+    assert refused > 500
