@@ -1,8 +1,8 @@
 """Kills a training run with SIGKILL at random moments, resumes it with the same command, and compares the result.
 
-``python tools/kill_test.py --kills 50`` trains a tiny model; ``-- COMMAND ... {run} ...`` tests another command, in which
-``{run}`` stands for the run directory. A run that absorbed its kills must end with the same ``metrics.jsonl`` (timings
-aside) and the same exported weights, byte for byte, as one that nobody disturbed.
+``python tools/kill_test.py --kills 50`` trains a tiny model; ``-- COMMAND ... {run} ...`` tests another command, in
+which ``{run}`` stands for the run directory. A run that absorbed its kills must end with the same ``metrics.jsonl``
+(timings aside) and the same exported weights, byte for byte, as one that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -299,7 +299,8 @@ def default_command(work: Path, ranks: int) -> list[str]:
     """A short run of the quickstart's configuration on a freshly made tiny model."""
     model = work / "model"
     if not model.exists():
-        subprocess.run([sys.executable, "-m", "spear_megatron.data.tiny", str(model)], cwd=ROOT, check=True, timeout=300)
+        make = [sys.executable, "-m", "spear_megatron.data.tiny", str(model)]
+        subprocess.run(make, cwd=ROOT, check=True, timeout=300)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return [
         sys.executable, *launcher, "-m", "spear_megatron", "train", "--config", "configs/quickstart.yaml",
@@ -335,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="number of kills")
     parser.add_argument("--demo", action="store_true", help="one kill inside a save, with the hashes shown")
-    parser.add_argument("--work", type=Path, default=Path("outputs/kill_test"), help="folder; an earlier one is replaced")
+    parser.add_argument("--work", type=Path, default=Path("outputs/kill_test"), help="folder, replaced")
     parser.add_argument("--seed", type=int, default=0, help="root of the random moments")
     parser.add_argument("--save-share", type=float, default=0.4, help="share of the kills that aim into a save")
     parser.add_argument("--ranks", type=int, default=1, help="processes of the built-in command")
@@ -358,7 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (work / "summary.json").write_text(json.dumps({**asdict(result), "passed": result.passed}, indent=1) + "\n")
     inside = sum(kill.during_save for kill in result.kills)
     identical = sum(outcome.metrics_equal and outcome.weights_equal for outcome in result.outcomes)
-    print(f"{len(result.kills)} kills, {inside} of them inside a save; {identical} of {len(result.outcomes)} runs identical")
+    runs = len(result.outcomes)
+    print(f"{len(result.kills)} kills, {inside} of them inside a save; {identical} of {runs} runs identical")
     return 0 if result.passed else 1
 
 

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model folder that are not weights: config, tokenizer, chat template, generation config."""
+"""The files of a Hugging Face model folder that are not weights: configs, tokenizer, chat template."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +25,9 @@ from spear_megatron.model.transformer_config import check_layout
 from spear_megatron.parallel.config import MegatronConfig
 from spear_megatron.parallel.state import ParallelState, initialize
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
 STATE = "conversion"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -39,7 +43,7 @@ def hf_to_mcore(hf: Path, out: Path, *, tp: int, pp: int) -> Path:
         The step folder.
 
     Raises:
-        ValueError: ``out`` is not empty, the folder is no model, its weights differ in dtype, or the layout does not fit.
+        ValueError: ``out`` is not empty, the folder is no model, its weights mix dtypes, or the layout does not fit.
         CheckpointError: it could not be written.
     """
     if out.exists() and (not out.is_dir() or next(out.iterdir(), None) is not None):
@@ -50,7 +54,7 @@ def hf_to_mcore(hf: Path, out: Path, *, tp: int, pp: int) -> Path:
     with _one_process() as parallel:
         # Half precision is not trained in; float32 holds it exactly.
         model_dtype = torch.float32 if dtype == torch.float16 else dtype
-        chunks = build_model(shape, MegatronConfig(), dtype=model_dtype, parallel=parallel, kernels="eager", with_ddp=False)
+        chunks = _bare_model(shape, model_dtype, parallel)
         load_hf_folder(chunks, shape, hf, parallel)
         manager = CheckpointManager(out, parallel=parallel, keep=1, assets=hf)
         layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
@@ -78,7 +82,7 @@ def mcore_to_hf(mcore: Path, out: Path) -> Path:
     conversion = decode_states(folder, manifest).get(STATE)
     with _one_process() as parallel:
         dtype = _stored_dtype(folder)
-        chunks = build_model(shape, MegatronConfig(), dtype=dtype, parallel=parallel, kernels="eager", with_ddp=False)
+        chunks = _bare_model(shape, dtype, parallel)
         sharded.load_sharded(parallel, folder / sharded.FOLDER, chunks, None)
         wanted = getattr(torch, conversion["dtype"]) if conversion else dtype
         export_hf(chunks, shape, parallel, out, source, dtype=wanted)
@@ -88,6 +92,10 @@ def mcore_to_hf(mcore: Path, out: Path) -> Path:
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
     return folder
+
+
+def _bare_model(shape: ModelShape, dtype: torch.dtype, parallel: ParallelState) -> list[MegatronModule]:
+    return build_model(shape, MegatronConfig(), dtype=dtype, parallel=parallel, kernels="eager", with_ddp=False)
 
 
 def _weights_dtype(hf: Path, shape: ModelShape) -> torch.dtype:

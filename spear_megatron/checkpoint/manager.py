@@ -134,9 +134,10 @@ class CheckpointManager:
             return
         if scheduler is not None:
             small_states = {"scheduler": scheduler.state_dict(), **small_states}
-        self._job = self._prepare(step, model_chunks, optimizer, small_states)
-        self._job.thread = threading.Thread(target=self._write, args=(self._job,), name=f"checkpoint-{step}", daemon=True)
-        self._job.thread.start()
+        job = self._prepare(step, model_chunks, optimizer, small_states)
+        job.thread = threading.Thread(target=self._write, args=(job,), name=f"checkpoint-{step}", daemon=True)
+        job.thread.start()
+        self._job = job
         if not self._async:
             self.wait()
 
@@ -159,8 +160,8 @@ class CheckpointManager:
     def wait(self) -> None:
         """Complete the background save under way, if any. Raises as ``poll`` does."""
         while self._job is not None:
-            if self.poll() is None and self._job is not None:
-                self._job.thread.join(POLL_S)
+            if self.poll() is None:
+                time.sleep(POLL_S)
 
     def load_latest(
         self,
@@ -217,7 +218,11 @@ class CheckpointManager:
         return LoadedStates(step=step, states=small, manifest=manifest, path=path)
 
     def _prepare(
-        self, step: int, model_chunks: Sequence[torch.nn.Module], optimizer: Any | None, small_states: Mapping[str, Any]
+        self,
+        step: int,
+        model_chunks: Sequence[torch.nn.Module],
+        optimizer: Any | None,
+        small_states: Mapping[str, Any],
     ) -> _Job:
         small: dict[str, tuple[StateEntry, bytes]] = {}
 
@@ -229,13 +234,16 @@ class CheckpointManager:
         local_bytes = plan.num_bytes + sum(len(data) for _, data in small.values())
         needed = int(sum(gather_objects(self._parallel, local_bytes)) * self._min_free_factor)
 
+        folders = [sharded.FOLDER, states.FOLDER, *([assets_module.FOLDER] if self._assets else [])]
+
         def begin() -> None:
             self._store.check_space(step, needed)
-            self._store.begin(step, (sharded.FOLDER, states.FOLDER, *([assets_module.FOLDER] if self._assets else [])))
+            self._store.begin(step, folders)
 
         self._agree(f"checkpoint of step {step} cannot be written", self._on_rank_0(begin))
         names = ("model",) if optimizer is None else ("model", "optimizer")
-        entries = {name: StateEntry(SHARDED, sharded.FOLDER) for name in names} | {name: entry for name, (entry, _) in small.items()}
+        entries = {name: StateEntry(SHARDED, sharded.FOLDER) for name in names}
+        entries |= {name: entry for name, (entry, _) in small.items()}
         return _Job(step, plan, small, entries, needed, time.monotonic() + self._write_timeout_s)
 
     def _write(self, job: _Job) -> None:
@@ -245,7 +253,8 @@ class CheckpointManager:
             files = self._store.files
             job.results, job.entries = job.plan.write(files, staging / sharded.FOLDER)
             if self._parallel.rank == 0:
-                job.entries += [files.write(staging / entry.path, data, entry.path) for entry, data in job.small.values()]
+                for entry, data in job.small.values():
+                    job.entries.append(files.write(staging / entry.path, data, entry.path))
                 if self._assets is not None:
                     job.entries += assets_module.copy_assets(self._assets, staging / assets_module.FOLDER, files)
         except Exception as error:  # a thread has no caller: every failure travels through poll to all ranks

@@ -39,7 +39,7 @@ def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any], *, is_l
     return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=optimizer_metadata(optimizer))
 
 
-def load_optimizer_state(optimizer: Any, loaded: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: Any, loaded: dict[Any, Any]) -> None:
     """Put a loaded state dict into the optimizer, step counts included."""
     parts = list(_parts(optimizer))
     states = [loaded] if len(parts) == 1 else [loaded[index] for index in range(len(parts))]

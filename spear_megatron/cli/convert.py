@@ -15,9 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_mcore.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size to check and record")
     to_mcore.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline parallel size to check and record")
     to_hf = directions.add_parser("mcore-to-hf", help="Megatron checkpoint -> Hugging Face folder")
-    to_hf.add_argument(
-        "--mcore", type=Path, required=True, metavar="DIR", help="a step folder, a folder of checkpoints, or a run directory"
-    )
+    source = "a step folder, a folder of checkpoints, or a run directory"
+    to_hf.add_argument("--mcore", type=Path, required=True, metavar="DIR", help=source)
     to_hf.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
 
 

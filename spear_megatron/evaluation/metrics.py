@@ -173,7 +173,8 @@ def _vote(problem: ProblemSamples, subset: tuple[int, ...]) -> float:
 
 def _check_k(problem: ProblemSamples, k: int) -> None:
     if not 1 <= k <= len(problem.correct):
-        raise ValueError(f"k={k} must be between 1 and the {len(problem.correct)} samples of problem {problem.task_id!r}")
+        count = len(problem.correct)
+        raise ValueError(f"k={k} must be between 1 and the {count} samples of problem {problem.task_id!r}")
 
 
 def _check_confidence(confidence: float) -> None:

@@ -70,7 +70,8 @@ class EvaluationReport:
             span = f"{estimate.low * 100:5.1f} - {estimate.high * 100:5.1f} %"
             cells.append((source, name, f"{estimate.value * 100:.1f} %", span, str(estimate.num_problems)))
         widths = [max(len(row[column]) for row in cells) for column in range(5)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+        lines = ["  ".join(row).rstrip() for row in padded]
         lines.insert(1, "  ".join("-" * width for width in widths))
         title = f"{self.name}: {self.num_problems} problems, {self.num_samples} samples"
         if self.num_excluded:

@@ -63,8 +63,9 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_round_trip(tmp_path: Path, case: dict[str, Any]) -> None:
     hf = with_tokenizer(make_tiny_hf(tmp_path / "hf", **case))
-    assert main(["convert", "hf-to-mcore", "--hf", str(hf), "--out", str(tmp_path / "mcore"), "--tp", "2", "--pp", "2"]) == 0
-    assert main(["convert", "mcore-to-hf", "--mcore", str(tmp_path / "mcore"), "--out", str(tmp_path / "back")]) == 0
+    mcore, back = str(tmp_path / "mcore"), str(tmp_path / "back")
+    assert main(["convert", "hf-to-mcore", "--hf", str(hf), "--out", mcore, "--tp", "2", "--pp", "2"]) == 0
+    assert main(["convert", "mcore-to-hf", "--mcore", mcore, "--out", back]) == 0
     before, after = read(hf), read(tmp_path / "back")
     assert before.keys() == after.keys()
     for name, value in before.items():

@@ -80,7 +80,9 @@ def write(hf: Path, root: Path, layout: Layout, options: dict[str, Any]) -> list
 
 
 @megatron_on_cpu()
-def resume(hf: Path, root: Path, copy: Path, layout: Layout, options: dict[str, Any]) -> list[tuple[float, float, float]]:
+def resume(
+    hf: Path, root: Path, copy: Path, layout: Layout, options: dict[str, Any]
+) -> list[tuple[float, float, float]]:
     """Load into a fresh model, write what was loaded to another folder, and go on."""
     parallel = initialize(tp=layout[1], pp=layout[2], vpp=layout[3], timeout_s=120)
     actor = build(hf, parallel, **options)

@@ -1,4 +1,4 @@
-"""A stand-in for training: state in the checkpoint file layer, a record, an export. Started by the kill test's tests."""
+"""A stand-in for training: state in the checkpoint file layer, a record, an export."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def main(run_dir: Path, *, forgetful: bool) -> None:
         for number in range(step + 1, NUM_STEPS + 1):
             weights = hashlib.sha256(f"{weights}{number}".encode()).hexdigest()
             time.sleep(0.03)
-            line = {"step": number, "unix_time": time.time(), "timing_s/step": time.time(), "loss": int(weights[:8], 16) / 7}
+            loss = int(weights[:8], 16) / 7
+            line = {"step": number, "unix_time": time.time(), "timing_s/step": time.time(), "loss": loss}
             stream.write(json.dumps(line) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
