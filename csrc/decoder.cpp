@@ -64,11 +64,15 @@ void require_size(const Array& array, int64_t size, const char* name) {
 
 class Decoder {
    public:
-    Decoder(int64_t hidden, int64_t layers, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t intermediate, int64_t vocab,
-            bool qkv_bias, bool qk_norm, float norm_eps, const Floats& rope_cos, const Floats& rope_sin, int64_t num_pages,
-            int64_t max_rows, int64_t max_outputs, int64_t num_threads, const std::string& isa)
-        : max_rows_(max_rows), max_outputs_(max_outputs), num_threads_(num_threads), num_positions_(rope_cos.shape(0)),
-          forward_(spear::decoder_forward_for(spear::parse_isa(isa.c_str()))), isa_(spear::isa_name(spear::parse_isa(isa.c_str()))) {
+    Decoder(int64_t hidden, int64_t layers, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t intermediate,
+            int64_t vocab, bool qkv_bias, bool qk_norm, float norm_eps, const Floats& rope_cos, const Floats& rope_sin,
+            int64_t num_pages, int64_t max_rows, int64_t max_outputs, int64_t num_threads, const std::string& isa)
+        : max_rows_(max_rows),
+          max_outputs_(max_outputs),
+          num_threads_(num_threads),
+          num_positions_(rope_cos.shape(0)),
+          forward_(spear::decoder_forward_for(spear::parse_isa(isa.c_str()))),
+          isa_(spear::isa_name(spear::parse_isa(isa.c_str()))) {
         if (num_threads < 1 || max_rows < 1 || max_outputs < 1 || num_pages < 1) {
             throw std::invalid_argument("num_threads, max_rows, max_outputs and num_pages must be positive");
         }
@@ -86,11 +90,13 @@ class Decoder {
         const auto& s = call_.shape;
         const float* source = values.data();
         const bool global = kind == "embed_tokens" || kind == "norm" || kind == "lm_head";
-        if (!global && (layer < 0 || layer >= s.layers)) throw std::invalid_argument("no layer " + std::to_string(layer));
+        if (!global && (layer < 0 || layer >= s.layers))
+            throw std::invalid_argument("no layer " + std::to_string(layer));
         if (kind == "embed_tokens") {
             require_size(values, s.vocab * s.hidden, "embed_tokens");
             const int64_t stride = round_up(s.hidden, kPanel);
-            for (int64_t v = 0; v < s.vocab; ++v) std::copy_n(source + v * s.hidden, s.hidden, call_.weights.embedding + v * stride);
+            for (int64_t v = 0; v < s.vocab; ++v)
+                std::copy_n(source + v * s.hidden, s.hidden, call_.weights.embedding + v * stride);
         } else if (kind == "lm_head") {
             pack(values, call_.weights.head, s.hidden, 0, s.vocab);
         } else if (kind == "norm") {
@@ -101,10 +107,12 @@ class Decoder {
     }
 
     // Forward pass over `ids` (see DecoderBatch); returns (tokens, log_probs) of the output rows.
-    py::tuple forward(const Ints& ids, const Ints& slots, const Ints& positions, const Ints& block_table, const Ints& output_rows,
-                      const Floats& temperature, const Ints& top_k, const Floats& top_p, const Words& noise_key) {
+    py::tuple forward(const Ints& ids, const Ints& slots, const Ints& positions, const Ints& block_table,
+                      const Ints& output_rows, const Floats& temperature, const Ints& top_k, const Floats& top_p,
+                      const Words& noise_key) {
         const int64_t rows = ids.size(), outputs = output_rows.size();
-        if (rows > max_rows_ || outputs > max_outputs_) throw std::invalid_argument("more rows or outputs than the decoder has room for");
+        if (rows > max_rows_ || outputs > max_outputs_)
+            throw std::invalid_argument("more rows or outputs than the decoder has room for");
         require_size(slots, rows, "slots");
         require_size(positions, rows, "positions");
         require_size(temperature, outputs, "temperature");
@@ -116,9 +124,20 @@ class Decoder {
         Ints tokens(outputs);
         Floats log_probs(outputs);
         spear::DecoderCall call = call_;
-        call.batch = {rows, outputs, block_table.shape(1), ids.data(), slots.data(), positions.data(), block_table.data(),
-                      output_rows.data(), temperature.data(), top_p.data(), top_k.data(), noise_key.data(),
-                      tokens.mutable_data(), log_probs.mutable_data()};
+        call.batch = {rows,
+                      outputs,
+                      block_table.shape(1),
+                      ids.data(),
+                      slots.data(),
+                      positions.data(),
+                      block_table.data(),
+                      output_rows.data(),
+                      temperature.data(),
+                      top_p.data(),
+                      top_k.data(),
+                      noise_key.data(),
+                      tokens.mutable_data(),
+                      log_probs.mutable_data()};
         {
             py::gil_scoped_release release;
             run(call);
@@ -168,7 +187,8 @@ class Decoder {
             w.gate_up = make_matrix(2 * round_up(s.intermediate, kPanel / 2), s.hidden);
             w.down = make_matrix(s.hidden, s.intermediate);
         }
-        call_.weights = {make(s.vocab * hidden, true), make(hidden, true), make_matrix(s.vocab, s.hidden), layers_.data()};
+        call_.weights = {make(s.vocab * hidden, true), make(hidden, true), make_matrix(s.vocab, s.hidden),
+                         layers_.data()};
     }
 
     void make_workspace(int64_t num_pages) {
@@ -176,7 +196,8 @@ class Decoder {
         const int64_t hidden = round_up(s.hidden, kPanel), wide = std::max(max_rows_, max_outputs_);
         const int64_t scores = round_up(num_positions_, kPanel), pages = s.layers * num_pages * s.kv_heads;
         auto& w = call_.work;
-        call_.cache = {make(pages * s.head_dim * kPage, false), make(pages * s.value_width() * kPage, false), num_pages};
+        call_.cache = {make(pages * s.head_dim * kPage, false), make(pages * s.value_width() * kPage, false),
+                       num_pages};
         w.residual = make(wide * hidden, true);
         w.normed = make(wide * hidden, true);
         w.qkv = make(max_rows_ * round_up(s.qkv_width(), kPanel), true);
@@ -237,7 +258,8 @@ class Decoder {
         }
     }
 
-    void check_rows(const Ints& ids, const Ints& slots, const Ints& positions, const Ints& block_table, const Ints& output_rows) const {
+    void check_rows(const Ints& ids, const Ints& slots, const Ints& positions, const Ints& block_table,
+                    const Ints& output_rows) const {
         const int64_t limit = std::min(num_positions_, block_table.shape(1) * kPage);
         for (py::ssize_t i = 0; i < ids.size(); ++i) {
             const int32_t slot = slots.data()[i], position = positions.data()[i];
@@ -249,11 +271,13 @@ class Decoder {
             // Earlier rows of a chunk vouch for their pages; only the last row of each run looks at all of them.
             const bool last = i + 1 == ids.size() || slots.data()[i + 1] != slot;
             for (int32_t page = last ? 0 : position / kPage; page <= position / kPage; ++page) {
-                if (table[page] < 0 || table[page] >= call_.cache.num_pages) throw std::invalid_argument("block_table names an unknown page");
+                if (table[page] < 0 || table[page] >= call_.cache.num_pages)
+                    throw std::invalid_argument("block_table names an unknown page");
             }
         }
         for (py::ssize_t i = 0; i < output_rows.size(); ++i) {
-            if (output_rows.data()[i] < 0 || output_rows.data()[i] >= ids.size()) throw std::invalid_argument("output_rows names an unknown row");
+            if (output_rows.data()[i] < 0 || output_rows.data()[i] >= ids.size())
+                throw std::invalid_argument("output_rows names an unknown row");
         }
     }
 
@@ -271,14 +295,16 @@ class Decoder {
 void register_decoder(py::module_& module) {
     using namespace py::literals;
     py::class_<Decoder>(module, "Decoder", "CPU decoder with packed weights and a paged cache; see kernels.decoder.")
-        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, float, const Floats&, const Floats&,
-                      int64_t, int64_t, int64_t, int64_t, const std::string&>(),
-             py::kw_only(), "hidden"_a, "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "intermediate"_a, "vocab"_a, "qkv_bias"_a,
-             "qk_norm"_a, "norm_eps"_a, "rope_cos"_a, "rope_sin"_a, "num_pages"_a, "max_rows"_a, "max_outputs"_a, "num_threads"_a, "isa"_a)
+        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, float, const Floats&,
+                      const Floats&, int64_t, int64_t, int64_t, int64_t, const std::string&>(),
+             py::kw_only(), "hidden"_a, "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "intermediate"_a, "vocab"_a,
+             "qkv_bias"_a, "qk_norm"_a, "norm_eps"_a, "rope_cos"_a, "rope_sin"_a, "num_pages"_a, "max_rows"_a,
+             "max_outputs"_a, "num_threads"_a, "isa"_a)
         .def("load", &Decoder::load, "kind"_a, "layer"_a, "values"_a)
-        .def("forward", &Decoder::forward, "ids"_a, "slots"_a, "positions"_a, "block_table"_a, "output_rows"_a, "temperature"_a,
-             "top_k"_a, "top_p"_a, "noise_key"_a)
+        .def("forward", &Decoder::forward, "ids"_a, "slots"_a, "positions"_a, "block_table"_a, "output_rows"_a,
+             "temperature"_a, "top_k"_a, "top_p"_a, "noise_key"_a)
         .def_property_readonly("isa", &Decoder::isa);
     module.attr("DECODER_PAGE") = kPage;
-    module.def("keyed_uniform", &spear::keyed_uniform, "key"_a, "position"_a, "Uniform in [0, 1) of (key, position), Philox4x32-10.");
+    module.def("keyed_uniform", &spear::keyed_uniform, "key"_a, "position"_a,
+               "Uniform in [0, 1) of (key, position), Philox4x32-10.");
 }

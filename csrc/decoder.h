@@ -59,8 +59,8 @@ struct DecoderBatch {
     const float *temperature, *top_p;                      // [num_outputs]
     const int32_t* top_k;
     const uint64_t* noise_key;
-    int32_t* tokens;    // out: sampled token, -1 where the logits are not finite
-    float* log_probs;   // out
+    int32_t* tokens;   // out: sampled token, -1 where the logits are not finite
+    float* log_probs;  // out
 };
 
 struct DecoderCall {
@@ -82,6 +82,7 @@ double keyed_uniform(uint64_t key, uint64_t position);
 
 // Draws from the distribution of logits[vocab] / temperature restricted to top_k and top_p, by its inverse CDF at
 // `uniform`, most probable token first.
-int32_t sample_restricted(const float* scaled, int64_t vocab, double log_sum, int32_t top_k, float top_p, double uniform);
+int32_t sample_restricted(const float* scaled, int64_t vocab, double log_sum, int32_t top_k, float top_p,
+                          double uniform);
 
 }  // namespace spear

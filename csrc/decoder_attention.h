@@ -47,7 +47,8 @@ static void place_row(const DecoderCall& call, int64_t layer, int64_t row) {
 
 // Scores of G query heads with the kPage * P positions of P pages.
 template <int64_t G, int64_t P>
-SPEAR_INLINE void score_pages(const float* q, int64_t head_dim, const float* const* pages, float* scores, int64_t stride) {
+SPEAR_INLINE void score_pages(const float* q, int64_t head_dim, const float* const* pages, float* scores,
+                              int64_t stride) {
     Float sum[G][P * kParts] = {};
     for (int64_t d = 0; d < head_dim; ++d) {
         Float keys[P * kParts];
@@ -88,8 +89,9 @@ SPEAR_INLINE float softmax_in_place(float* scores, int64_t length) {
 
 // out[G][V vectors] = sum over positions of weight * value, in the order of the positions.
 template <int64_t G, int64_t V>
-SPEAR_INLINE void weigh_values(const float* weights, int64_t stride, int64_t length, const float* base, const int32_t* table,
-                               int64_t page_stride, int64_t value_width, const float* inverse, float* out, int64_t out_stride, int64_t left) {
+SPEAR_INLINE void weigh_values(const float* weights, int64_t stride, int64_t length, const float* base,
+                               const int32_t* table, int64_t page_stride, int64_t value_width, const float* inverse,
+                               float* out, int64_t out_stride, int64_t left) {
     Float sum[G][V] = {};
     for (int64_t position = 0; position < length; ++position) {
         const float* value = base + table[position / kPage] * page_stride + position % kPage * value_width;
@@ -102,7 +104,8 @@ SPEAR_INLINE void weigh_values(const float* weights, int64_t stride, int64_t len
     }
     for (int64_t g = 0; g < G; ++g) {
         for (int64_t v = 0; v < V; ++v) {
-            if (left > v * kWidth) store_first(out + g * out_stride + v * kWidth, sum[g][v] * inverse[g], left - v * kWidth);
+            if (left > v * kWidth)
+                store_first(out + g * out_stride + v * kWidth, sum[g][v] * inverse[g], left - v * kWidth);
         }
     }
 }
@@ -134,13 +137,16 @@ static void attend(const DecoderCall& call, int64_t layer, int64_t row, int64_t 
     float* out = call.work.attention + row * round_up(s.q_width(), kPanel) + head * s.head_dim;
     int64_t d = 0;
     for (; d + kValueTile * kWidth <= width; d += kValueTile * kWidth) {
-        weigh_values<G, kValueTile>(scores, stride, length, values + d, table, page_stride, width, inverse, out + d, s.head_dim, s.head_dim - d);
+        weigh_values<G, kValueTile>(scores, stride, length, values + d, table, page_stride, width, inverse, out + d,
+                                    s.head_dim, s.head_dim - d);
     }
     for (; d + 2 * kPage <= width; d += 2 * kPage) {
-        weigh_values<G, 2 * kParts>(scores, stride, length, values + d, table, page_stride, width, inverse, out + d, s.head_dim, s.head_dim - d);
+        weigh_values<G, 2 * kParts>(scores, stride, length, values + d, table, page_stride, width, inverse, out + d,
+                                    s.head_dim, s.head_dim - d);
     }
     for (; d < width; d += kPage) {
-        weigh_values<G, kParts>(scores, stride, length, values + d, table, page_stride, width, inverse, out + d, s.head_dim, s.head_dim - d);
+        weigh_values<G, kParts>(scores, stride, length, values + d, table, page_stride, width, inverse, out + d,
+                                s.head_dim, s.head_dim - d);
     }
 }
 

@@ -56,7 +56,8 @@ SPEAR_INLINE float sum_of_squares(const float* x, int64_t count) {
     for (int64_t i = 0; i < count; i += kPage) {
         for (int64_t p = 0; p < kParts; ++p) {
             const int64_t left = count - i - p * kWidth;
-            const Float v = left >= kWidth ? load(x + i + p * kWidth) : load_first(x + i + p * kWidth, left > 0 ? left : 0);
+            const Float v =
+                left >= kWidth ? load(x + i + p * kWidth) : load_first(x + i + p * kWidth, left > 0 ? left : 0);
             parts[p] += v * v;
         }
     }
@@ -78,7 +79,8 @@ static void rms_norm(const float* x, const float* weight, int64_t count, float e
 
 // One tile: R rows of a (row stride lda) times `depth` rows of a panel. c = product, or c += product.
 template <int64_t R>
-SPEAR_INLINE void tile_product(const float* a, int64_t lda, const float* panel, int64_t depth, float* c, int64_t ldc, bool add) {
+SPEAR_INLINE void tile_product(const float* a, int64_t lda, const float* panel, int64_t depth, float* c, int64_t ldc,
+                               bool add) {
     for (int64_t column = 0; column < kPanel; column += kTileVectors * kWidth) {
         Float sum[R][kTileVectors] = {};
         const float* b = panel + column;
@@ -101,7 +103,8 @@ SPEAR_INLINE void tile_product(const float* a, int64_t lda, const float* panel, 
 }
 
 // c[rows][kPanel] (=|+=) a[rows][depth] @ panel, in tiles of nearly equal height.
-static void panel_product(const float* a, int64_t lda, const float* panel, int64_t depth, float* c, int64_t ldc, int64_t rows, bool add) {
+static void panel_product(const float* a, int64_t lda, const float* panel, int64_t depth, float* c, int64_t ldc,
+                          int64_t rows, bool add) {
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     for (int64_t k = 0; k < depth; k += kDepthBlock) {
         const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
@@ -148,24 +151,28 @@ SPEAR_INLINE void for_each_panel(const Team& team, int64_t rows, int64_t columns
 }
 
 // c[rows][columns] (=|+=) a[rows][depth] @ weights, with row strides lda and ldc (ldc a multiple of kPanel).
-SPEAR_INLINE void product(const Team& team, const float* a, int64_t lda, const float* weights, int64_t depth, int64_t columns, float* c,
-                          int64_t ldc, int64_t rows, bool add) {
-    for_each_panel(team, rows, columns, [&](int64_t panel, int64_t first, int64_t count) __attribute__((always_inline)) {
-        panel_product(a + first * lda, lda, weights + panel * depth * kPanel, depth, c + first * ldc + panel * kPanel, ldc, count, add);
-    });
+SPEAR_INLINE void product(const Team& team, const float* a, int64_t lda, const float* weights, int64_t depth,
+                          int64_t columns, float* c, int64_t ldc, int64_t rows, bool add) {
+    for_each_panel(team, rows, columns,
+                   [&](int64_t panel, int64_t first, int64_t count) __attribute__((always_inline)) {
+                       panel_product(a + first * lda, lda, weights + panel * depth * kPanel, depth,
+                                     c + first * ldc + panel * kPanel, ldc, count, add);
+                   });
 }
 
 // activation[rows][intermediate] = silu(gate) * up; a panel holds kPanel / 2 gate columns, then their up columns.
-SPEAR_INLINE void gated_product(const Team& team, const float* a, int64_t lda, const float* weights, int64_t depth, int64_t intermediate,
-                                float* activation, int64_t ld, int64_t rows, float* scratch) {
+SPEAR_INLINE void gated_product(const Team& team, const float* a, int64_t lda, const float* weights, int64_t depth,
+                                int64_t intermediate, float* activation, int64_t ld, int64_t rows, float* scratch) {
     constexpr int64_t half = kPanel / 2;
-    for_each_panel(team, rows, round_up(intermediate, half) * 2, [&](int64_t panel, int64_t first, int64_t count) __attribute__((always_inline)) {
-        panel_product(a + first * lda, lda, weights + panel * depth * kPanel, depth, scratch, kPanel, count, false);
-        for (int64_t r = 0; r < count; ++r) {
-            for (int64_t i = 0; i < half; i += kWidth) {
-                const Float gate = load(scratch + r * kPanel + i), up = load(scratch + r * kPanel + half + i);
-                store(activation + (first + r) * ld + panel * half + i, gate / (1.0f + exp_lanes(-gate)) * up);
+    for_each_panel(
+        team, rows, round_up(intermediate, half) * 2,
+        [&](int64_t panel, int64_t first, int64_t count) __attribute__((always_inline)) {
+            panel_product(a + first * lda, lda, weights + panel * depth * kPanel, depth, scratch, kPanel, count, false);
+            for (int64_t r = 0; r < count; ++r) {
+                for (int64_t i = 0; i < half; i += kWidth) {
+                    const Float gate = load(scratch + r * kPanel + i), up = load(scratch + r * kPanel + half + i);
+                    store(activation + (first + r) * ld + panel * half + i, gate / (1.0f + exp_lanes(-gate)) * up);
+                }
             }
-        }
-    });
+        });
 }

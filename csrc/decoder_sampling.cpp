@@ -23,16 +23,20 @@ double keyed_uniform(uint64_t key, uint64_t position) {
     return static_cast<double>(bits >> 11) * 0x1.0p-53;
 }
 
-int32_t sample_restricted(const float* scaled, int64_t vocab, double log_sum, int32_t top_k, float top_p, double uniform) {
+int32_t sample_restricted(const float* scaled, int64_t vocab, double log_sum, int32_t top_k, float top_p,
+                          double uniform) {
     // Entries with probability below (1 - top_p) / vocab together weigh less than 1 - top_p, so the smallest set that
     // reaches top_p never needs them. With top_k as well, top_p acts on the renormalised k entries: keep everything.
     const bool by_count = top_k > 0 && top_k < vocab;
-    const double floor = by_count || top_p >= 1.0f ? -INFINITY : log_sum + std::log((1.0 - top_p) / static_cast<double>(vocab));
+    const double floor =
+        by_count || top_p >= 1.0f ? -INFINITY : log_sum + std::log((1.0 - top_p) / static_cast<double>(vocab));
     std::vector<int32_t> kept;
     for (int64_t i = 0; i < vocab; ++i) {
         if (scaled[i] >= floor) kept.push_back(static_cast<int32_t>(i));
     }
-    const auto before = [scaled](int32_t a, int32_t b) { return scaled[a] > scaled[b] || (scaled[a] == scaled[b] && a < b); };
+    const auto before = [scaled](int32_t a, int32_t b) {
+        return scaled[a] > scaled[b] || (scaled[a] == scaled[b] && a < b);
+    };
     if (by_count) {
         std::partial_sort(kept.begin(), kept.begin() + top_k, kept.end(), before);
         kept.resize(static_cast<size_t>(top_k));

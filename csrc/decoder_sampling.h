@@ -59,8 +59,8 @@ static int64_t inverse_cdf(const float* x, float top, int64_t end, const double*
 }
 
 // Temperature 0 is greedy and reports log_softmax(logits); else log_softmax(logits / temperature), unrestricted.
-static SampledToken sample_row(float* x, int64_t vocab, float temperature, int32_t top_k, float top_p, uint64_t key, uint64_t position,
-                               double* sums) {
+static SampledToken sample_row(float* x, int64_t vocab, float temperature, int32_t top_k, float top_p, uint64_t key,
+                               uint64_t position, double* sums) {
     const bool greedy = temperature == 0.0f;
     const int64_t best = scale_row(x, vocab, greedy ? 1.0f : temperature), end = round_up(vocab, kPage);
     if (best < 0) return {-1, 0.0f};
@@ -75,7 +75,8 @@ static SampledToken sample_row(float* x, int64_t vocab, float temperature, int32
     if (!greedy) {
         const double uniform = keyed_uniform(key, position);
         const bool restricted = (top_k > 0 && top_k < vocab) || top_p < 1.0f;
-        token = restricted ? sample_restricted(x, vocab, log_sum, top_k, top_p, uniform) : inverse_cdf(x, top, end, sums, uniform * total);
+        token = restricted ? sample_restricted(x, vocab, log_sum, top_k, top_p, uniform)
+                           : inverse_cdf(x, top, end, sums, uniform * total);
         if (token < 0) token = best;
     }
     return {static_cast<int32_t>(token), static_cast<float>(static_cast<double>(x[token]) - log_sum)};

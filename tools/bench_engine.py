@@ -111,7 +111,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, shape = build_model(args)
     print(f"{shape.num_parameters() / 1e6:.2f} M parameters, {args.threads} threads, torch {torch.__version__}")
-    print(f"{'batch':>5} {'embedded':>10} {'dynamic':>10} {'static':>10} {'ratio to the better':>20}   tokens/s, medians")
+    print(
+        f"{'batch':>5} {'embedded':>10} {'dynamic':>10} {'static':>10} {'ratio to the better':>20}   tokens/s, medians"
+    )
     report: dict[str, Any] = {"arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
     report |= {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "batches": {}}
     for batch in args.batches:

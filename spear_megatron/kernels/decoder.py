@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from spear_megatron.kernels.extension import compiled_module
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -31,6 +33,7 @@ class Decoder:
 
     Raises:
         ValueError: sizes that are not positive, or an instruction set that this processor lacks.
+        RuntimeError: the compiled kernels are not built; says how to build them.
     """
 
     def __init__(
@@ -54,10 +57,8 @@ class Decoder:
         num_threads: int = 1,
         isa: str = "auto",
     ) -> None:
-        from spear_megatron import _C
-
         cos, sin = rope_tables(max_model_len, head_dim, rope_theta)
-        self._decoder = _C.Decoder(
+        self._decoder = compiled_module().Decoder(
             hidden=hidden_size,
             layers=num_layers,
             heads=num_attention_heads,
@@ -143,7 +144,5 @@ def rope_tables(length: int, head_dim: int, theta: float) -> tuple[torch.Tensor,
 
 
 def keyed_uniform(key: int, position: int) -> float:
-    """The uniform number in [0, 1) that decides the token at ``position``: Philox4x32-10 of (key, position), 53 bits."""
-    from spear_megatron import _C
-
-    return float(_C.keyed_uniform(key, position))
+    """The uniform in [0, 1) that decides the token at ``position``: Philox4x32-10 of (key, position), 53 bits."""
+    return float(compiled_module().keyed_uniform(key, position))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+LOWEST_TEMPERATURE = 1e-3  # below it scaled logits leave the range of float32; 0 itself is greedy
 _PREFIX = "actor_rollout_ref.rollout"
 
 
@@ -39,7 +40,7 @@ class ValKwargsConfig:
         _require_positive(f"{prefix}.n", self.n)
         _require_temperature(f"{prefix}.temperature", self.temperature)
         if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"{prefix}.n={self.n} samples of greedy decoding are all equal: set n=1 or temperature > 0")
+            raise ValueError(f"{prefix}.n={self.n}: greedy samples are all equal, set n=1 or temperature above 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"{prefix}.top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k != -1 and self.top_k < 1:
@@ -78,7 +79,7 @@ class RolloutConfig:
             _require_positive(f"{_PREFIX}.max_model_len", self.max_model_len)
         _require_temperature(f"{_PREFIX}.temperature", self.temperature)
         if self.temperature == 0:
-            raise ValueError(f"{_PREFIX}.temperature=0 (greedy) gives every trajectory of a group alike: set it above 0")
+            raise ValueError(f"{_PREFIX}.temperature=0 (greedy) makes a group's trajectories equal: set it above 0")
         for name, off in (("top_p", 1.0), ("top_k", -1)):
             if getattr(self, name) != off:
                 raise ValueError(
@@ -93,5 +94,5 @@ def _require_positive(key: str, value: int) -> None:
 
 
 def _require_temperature(key: str, value: float) -> None:
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{key} must be finite and at least 0, got {value}")
+    if value != 0 and not LOWEST_TEMPERATURE <= value < math.inf:
+        raise ValueError(f"{key} must be 0 (greedy) or finite and at least {LOWEST_TEMPERATURE}, got {value}")

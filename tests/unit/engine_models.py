@@ -87,7 +87,9 @@ def run(engine: EmbeddedEngine, requests: Sequence[GenerateRequest], *, timeout_
     return asyncio.run(all_of_them())
 
 
-def random_prompts(count: int, vocab_size: int, *, seed: int = 0, shortest: int = 1, longest: int = 60) -> list[tuple[int, ...]]:
+def random_prompts(
+    count: int, vocab_size: int, *, seed: int = 0, shortest: int = 1, longest: int = 60
+) -> list[tuple[int, ...]]:
     """Prompts of random lengths and tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from engine_models import MODELS, make_engine, random_prompts, request, run, tiny_model
 
+from spear_megatron.kernels.extension import compiled_module
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.rollout.embedded import EmbeddedEngine
 from spear_megatron.rollout.engine import GenerateRequest, GenerateResult
@@ -107,9 +108,7 @@ def test_prefix_is_forgotten_when_the_cache_is_full_but_results_stay(pair: tuple
 
 
 def test_instruction_sets_with_fused_multiply_add_agree() -> None:
-    from spear_megatron import _C
-
-    if _C.isa() != "avx512":
+    if compiled_module().isa() != "avx512":
         pytest.skip("needs a processor with AVX-512 to compare it with AVX2")
     model, shape = tiny_model("qwen3-untied")
     requests = requests_of(shape, 12)
@@ -130,9 +129,7 @@ def test_wide_shapes_and_long_prompts(hidden: int) -> None:
     _, base = tiny_model("qwen3-tied")
     shape = dataclasses.replace(base, hidden_size=hidden, intermediate_size=1300, head_dim=64, vocab_size=1001)
     generator = torch.Generator().manual_seed(hidden)
-    weights = [
-        (name, torch.randn(size, generator=generator) * 0.1) for name, size in shape.parameter_shapes().items()
-    ]
+    weights = [(name, torch.randn(size, generator=generator) * 0.1) for name, size in shape.parameter_shapes().items()]
     prompts = random_prompts(9, shape.vocab_size, seed=8, shortest=300, longest=800)
     requests = [request(ids, key=i, name=str(i)) for i, ids in enumerate(prompts)]
 

@@ -54,7 +54,9 @@ def test_equal_content_is_registered_once() -> None:
     assert pool.find(ROOT, (1,))[0] == a  # type: ignore[index]
 
 
-def simulate(scheduler: Scheduler, sequences: list[ActiveSequence], rng: random.Random, written: dict[Any, Any]) -> None:
+def simulate(
+    scheduler: Scheduler, sequences: list[ActiveSequence], rng: random.Random, written: dict[Any, Any]
+) -> None:
     """Play the engine: every chunk writes its tokens into its pages; a reader finds its own ids in all its pages."""
     pending = list(sequences)
     steps = 0

@@ -42,6 +42,7 @@ def changed(**sampling: Any) -> GenerateRequest:
         (changed(max_new_tokens=1.5), "max_new_tokens"),
         (changed(temperature=-0.1), "temperature"),
         (changed(temperature=float("nan")), "temperature"),
+        (changed(temperature=1e-30), "at least 0.001"),
         (changed(temperature=float("inf")), "temperature"),
         (changed(top_p=0.0), "top_p"),
         (changed(top_p=1.1), "top_p"),
@@ -139,7 +140,9 @@ def test_closing_fails_pending_requests(pair: tuple[Any, ModelShape]) -> None:
     engine = make_engine(*pair, max_num_seqs=1)
 
     async def close_early() -> list[Any]:
-        tasks = [asyncio.create_task(engine.generate(request((i + 1,), max_new_tokens=90, name=f"q{i}"))) for i in range(3)]
+        tasks = [
+            asyncio.create_task(engine.generate(request((i + 1,), max_new_tokens=90, name=f"q{i}"))) for i in range(3)
+        ]
         for _ in range(5):
             await asyncio.sleep(0)
         await engine.close()
@@ -195,7 +198,7 @@ def test_logits_that_are_not_finite_fail_the_request_only(pair: tuple[Any, Model
         return await asyncio.wait_for(asyncio.gather(*map(engine.generate, asks), return_exceptions=True), 30)
 
     spoiled, fine = asyncio.run(both())
-    assert isinstance(spoiled, EngineError) and "'spoiled' met logits that are not finite" in str(spoiled)
+    assert isinstance(spoiled, EngineError) and "'spoiled', position 2: logits that are not finite" in str(spoiled)
     assert len(fine.output_ids) >= 1
 
 

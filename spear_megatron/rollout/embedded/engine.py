@@ -202,8 +202,8 @@ class EmbeddedEngine:
         request = sequence.request
         if token < 0:
             self._scheduler.remove(sequence)
-            position = len(sequence.ids)
-            self._fail(sequence, f"request {request.request_id!r} met logits that are not finite at position {position}")
+            where = f"request {request.request_id!r}, position {len(sequence.ids)}"
+            self._fail(sequence, f"{where}: logits that are not finite")
             return
         assert self._version is not None
         sequence.ids.append(token)

@@ -1,4 +1,4 @@
-"""Which tokens of which sequences the next forward pass computes: continuous admission, chunked prefill, shared prefixes."""
+"""Which tokens the next forward pass computes: continuous admission, chunked prompts, shared prefixes."""
 
 from __future__ import annotations
 
@@ -82,21 +82,21 @@ class Scheduler:
 
     def next_chunks(self) -> list[Chunk]:
         """Plan one step and allocate its pages: every decoding sequence, then prompts in order of arrival."""
-        budget, chunks, reading = self._max_step_tokens, [], []
-        for sequence in self.running.values():
+        chunks: list[Chunk] = []
+        reading: list[ActiveSequence] = []
+        for sequence in list(self.running.values()):
             if len(sequence.ids) - sequence.computed == 1:
                 chunks.append(self._advance(sequence, 1))
             else:
                 reading.append(sequence)
-        budget -= len(chunks)
+        budget = self._max_step_tokens - len(chunks)
         while budget > 0:
-            sequence = reading.pop(0) if reading else self._admit()
-            if sequence is None:
+            prompt = reading.pop(0) if reading else self._admit()
+            if prompt is None:
                 break
-            self._find_prefix(sequence)
-            chunk = self._advance(sequence, min(budget, len(sequence.ids) - sequence.computed))
-            budget -= chunk.count
-            chunks.append(chunk)
+            self._find_prefix(prompt)
+            chunks.append(self._advance(prompt, min(budget, len(prompt.ids) - prompt.computed)))
+            budget -= chunks[-1].count
         return chunks
 
     def remove(self, sequence: ActiveSequence) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from spear_megatron.rollout.config import LOWEST_TEMPERATURE
 from spear_megatron.rollout.engine import GenerateRequest, SamplingParams
 
 
@@ -26,12 +27,6 @@ def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: i
 
 
 def _check_ids(where: str, field: str, ids: tuple[int, ...], vocab_size: int) -> None:
-    # min and max run in C; only a bad list is walked again to name its position.
-    try:
-        if not ids or (min(ids) >= 0 and max(ids) < vocab_size and all(map(_is_integer, ids))):
-            return
-    except TypeError:
-        pass  # not comparable as numbers: named below
     for position, token in enumerate(ids):
         if not _is_integer(token) or not 0 <= token < vocab_size:
             raise ValueError(f"{where}: {field}[{position}] = {token!r} is outside the vocabulary of {vocab_size}")
@@ -44,8 +39,11 @@ def _is_integer(value: object) -> bool:
 def _check_sampling(where: str, sampling: SamplingParams) -> None:
     if not _is_integer(sampling.max_new_tokens) or sampling.max_new_tokens < 1:
         raise ValueError(f"{where}: max_new_tokens must be a positive integer, got {sampling.max_new_tokens!r}")
-    if not math.isfinite(sampling.temperature) or sampling.temperature < 0:
-        raise ValueError(f"{where}: temperature must be finite and at least 0, got {sampling.temperature!r}")
+    if sampling.temperature != 0 and not LOWEST_TEMPERATURE <= sampling.temperature < math.inf:
+        raise ValueError(
+            f"{where}: temperature must be 0 (greedy) or finite and at least {LOWEST_TEMPERATURE}, "
+            f"got {sampling.temperature!r}"
+        )
     if not 0 < sampling.top_p <= 1:
         raise ValueError(f"{where}: top_p must lie in (0, 1], got {sampling.top_p!r}")
     if not _is_integer(sampling.top_k) or (sampling.top_k != -1 and sampling.top_k < 1):

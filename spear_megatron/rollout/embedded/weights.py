@@ -35,7 +35,7 @@ def load_weights(decoder: Decoder, shape: ModelShape, named_tensors: Iterable[tu
         del missing[name]
     if missing:
         first = next(iter(missing))
-        raise ValueError(f"{len(missing)} of {len(expected)} weights are missing from the update, the first is {first!r}")
+        raise ValueError(f"{len(missing)} of {len(expected)} weights are missing in the update, the first is {first!r}")
 
 
 def _place(name: str) -> tuple[str, int]:
