@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import re
 from pathlib import Path
@@ -61,3 +62,28 @@ def test_fuzzed_values_of_the_real_configuration() -> None:
             text = str(error)
             assert "\n" not in text and key.split(".")[0] in text, (key, value, text)
     assert refused > 500
+
+
+def reference_page() -> str:
+    spec = importlib.util.spec_from_file_location("config_reference", REPOSITORY / "tools" / "config_reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.render())
+
+
+def test_the_reference_lists_every_key_once_below_its_section() -> None:
+    section, listed = "", []
+    for line in reference_page().splitlines():
+        if line.startswith("## "):
+            section = line.removeprefix("## ").strip("`")
+        elif line.startswith("| `"):
+            listed.append(f"{section}.{line.split('`')[1]}")
+    assert sorted(listed) == sorted(row.key for row in field_table(Config))
+
+
+def test_the_reference_in_docs_is_up_to_date() -> None:
+    path = REPOSITORY / "docs" / "configuration.md"
+    if not path.is_file():
+        pytest.skip("docs/configuration.md is not part of this checkout")
+    assert path.read_text() == reference_page(), "run python tools/config_reference.py"
