@@ -129,12 +129,18 @@ def summarise(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
 
 def show(out: Path, summary: dict[str, Any]) -> None:
     """The curve in the terminal and as a PNG, one problem before and after, and the figures."""
-    from spear_megatron.observability.compare import show_before_after
-    from spear_megatron.observability.plots import save_learning_curve, terminal_curve
+    from rich.console import Console
 
-    print(terminal_curve(out / "rl"))
-    save_learning_curve(out / "rl", out / "learning_curve.png")
-    show_before_after(out / "evaluation_sft", out / "evaluation_final")
+    from spear_megatron.observability.plots import curve, save_learning_curve, text_chart
+    from spear_megatron.observability.record import read_record
+    from spear_megatron.observability.view import find_learned, side_by_side
+
+    record = read_record(out / "rl")
+    print("\n" + text_chart(curve(record, "success/mean"), "success of the training rollouts", limits=(0.0, 1.0)))
+    save_learning_curve(record, out / "learning_curve.png", title="quickstart")
+    learned = find_learned(str(out / "rl"))
+    if learned is not None:
+        Console().print(side_by_side(*learned, titles=("before", "after")))
     for name in ("sft", "final"):
         part = summary[name]
         low, high = (100 * bound for bound in part["ci95"])

@@ -21,10 +21,11 @@ from spear_megatron.data.chat import ChatRenderer
 from spear_megatron.data.prompts import PromptSource, load_prompts
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.environments.protocol import Reward, final_text
-from spear_megatron.environments.registry import environment_factory, needs_sandbox
+from spear_megatron.environments.registry import EnvironmentFactory, environment_factory, needs_sandbox
 from spear_megatron.environments.sandbox.factory import open_sandbox
 from spear_megatron.environments.sandbox.protocol import Sandbox
 from spear_megatron.model.hf_export import export_hf
+from spear_megatron.model.hf_folder import HFWeights
 from spear_megatron.model.hf_io import iter_hf_tensors, load_hf_folder
 from spear_megatron.model.provider import build_model
 from spear_megatron.model.shape import ModelShape
@@ -44,7 +45,7 @@ from spear_megatron.trainer.config import OptimConfig
 from spear_megatron.trainer.optimizer import PolicyOptimizer
 from spear_megatron.trainer.reference import Reference
 from spear_megatron.trainer.run import Parts, Run, StepSettings
-from spear_megatron.types import Group, Prompt
+from spear_megatron.types import Group, Prompt, Trajectory
 from spear_megatron.weights.sync import publish
 
 if TYPE_CHECKING:
@@ -85,6 +86,35 @@ def max_model_len(config: Config) -> int:
     return config.actor_rollout_ref.rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
 
 
+def episode_limits(config: Config) -> EpisodeLimits:
+    """Bounds of one episode."""
+    rollout = config.actor_rollout_ref.rollout
+    return EpisodeLimits(
+        max_turns=rollout.multi_turn.max_assistant_turns,
+        max_prompt_length=config.data.max_prompt_length,
+        max_response_length=config.data.max_response_length,
+        max_model_len=max_model_len(config),
+        max_tool_response_length=rollout.multi_turn.max_tool_response_length,
+    )
+
+
+def open_environment(config: Config) -> tuple[EnvironmentFactory, Sandbox | None]:
+    """The environment's factory, and the sandbox that its episodes share if they run code."""
+    sandbox = open_sandbox(config.env.sandbox) if needs_sandbox(config.env) else None
+    return environment_factory(config.env, sandbox), sandbox
+
+
+def load_engine(engine: Engine, folder: str | Path, shape: ModelShape) -> None:
+    """Fill an engine with the weights of a Hugging Face folder, one tensor at a time."""
+    with HFWeights.open(folder, shape) as weights:
+        engine.update_weights(((name, weights.read(name)) for name in shape.parameter_shapes()), 0)
+
+
+def canonical_answer_of(trajectory: Trajectory) -> str | None:
+    """Final answer of a trajectory, for majority votes."""
+    return canonical_answer(final_text(trajectory.messages))
+
+
 @dataclass
 class Agents:
     """What a data-parallel leader rolls out with; on other ranks everything is None and only ``collector`` is used."""
@@ -114,17 +144,9 @@ def build_agents(config: Config, parallel: ParallelState, renderer: ChatRenderer
     if not parallel.is_leader:
         return Agents(Collector(parallel, None, leaders=leaders, timeout_s=timeout_s), None, None, None)
     rollout = config.actor_rollout_ref.rollout
-    sandbox = open_sandbox(config.env.sandbox) if needs_sandbox(config.env) else None
+    make_environment, sandbox = open_environment(config)
     engine = EmbeddedEngine(shape, max_num_seqs=rollout.max_num_seqs, max_model_len=max_model_len(config))
     reward = build_reward(config.reward)
-    make_environment = environment_factory(config.env, sandbox)
-    limits = EpisodeLimits(
-        max_turns=rollout.multi_turn.max_assistant_turns,
-        max_prompt_length=config.data.max_prompt_length,
-        max_response_length=config.data.max_response_length,
-        max_model_len=max_model_len(config),
-        max_tool_response_length=rollout.multi_turn.max_tool_response_length,
-    )
 
     async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
         runner = EpisodeRunner(
@@ -132,7 +154,7 @@ def build_agents(config: Config, parallel: ParallelState, renderer: ChatRenderer
             renderer=renderer,
             environment_factory=make_environment,
             reward=reward,
-            limits=limits,
+            limits=episode_limits(config),
             sampling=tasks.sampling,
             seed=config.trainer.seed,
             purpose=tasks.purpose,
@@ -266,7 +288,7 @@ def build_run(config: Config, stop: StopFlag) -> BuiltRun:
         trajectories=None,
         publish_weights=lambda version: publish(iter_hf_tensors(actor.chunks, shape, parallel), agents.engine, version),
         export=functools.partial(_export, actor.chunks, shape, parallel, config.actor_rollout_ref.model.path),
-        answer_of=lambda trajectory: canonical_answer(final_text(trajectory.messages)),
+        answer_of=canonical_answer_of,
         stop_requested=lambda: stop.requested,
     )
     settings = StepSettings(

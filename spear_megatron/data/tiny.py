@@ -190,3 +190,9 @@ def _initial_weights(config: Qwen3Config, seed: int) -> dict[str, torch.Tensor]:
             std /= math.sqrt(2 * config.num_hidden_layers)
         weights[name] = torch.randn(shape, generator=generator(seed, "tiny/weights", index)) * std
     return weights
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(f"wrote {make_tiny_model(sys.argv[1], seed=0)}")

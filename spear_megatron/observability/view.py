@@ -126,7 +126,7 @@ def conversation(item: KeptTrajectory) -> RenderableType:
     opening = item.prompt.messages
     if list(messages[: len(opening)]) != list(opening):
         messages = (*opening, *messages)
-    panels: list[RenderableType] = [_message_panel(message) for message in messages]
+    panels: list[RenderableType] = [message_panel(message) for message in messages]
     if item.prompt.answer is not None:
         panels.append(Text(f"expected answer: {_safe(item.prompt.answer)}", style="italic"))
     return Group(*panels)
@@ -153,7 +153,7 @@ def side_by_side(before: KeptTrajectory, after: KeptTrajectory, titles: tuple[st
         starts_alike = list(item.trajectory.messages[:opening]) == list(item.prompt.messages)
         messages = item.trajectory.messages[opening:] if starts_alike else item.trajectory.messages
         verdict = Text("solved" if solved else "not solved", style="bold green" if solved else "bold red")
-        body = Group(verdict, *(_message_panel(message) for message in messages))
+        body = Group(verdict, *(message_panel(message) for message in messages))
         cells.append(Panel(body, title=title, border_style="green" if solved else "red"))
     columns.add_row(*cells)
     answer = f"\nexpected answer: {item.prompt.answer}" if item.prompt.answer is not None else ""
@@ -182,7 +182,8 @@ def problem_text(item: KeptTrajectory) -> str:
     return contents[-1] if contents else ""
 
 
-def _message_panel(message: Mapping[str, Any]) -> Panel:
+def message_panel(message: Mapping[str, Any]) -> Panel:
+    """One chat message in a frame that says who speaks and whether its tokens are trained on."""
     role = str(message.get("role", "?"))
     style = _ROLE_STYLES.get(role, "white")
     body = Text(_safe(str(message.get("content") or "")), style=style)
