@@ -110,7 +110,12 @@ class LocalSandbox:
                 self.num_restarts += 1
                 await current.close()
             self._connection = Connection(self._settings)
-            await self._connection.start()
+            try:
+                await self._connection.start()
+            except asyncio.CancelledError:
+                unfinished, self._connection = self._connection, None
+                await unfinished.close("its start was cancelled")
+                raise
             return self._connection
 
     async def close(self) -> None:

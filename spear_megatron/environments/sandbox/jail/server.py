@@ -168,6 +168,7 @@ class Server:
             linux.die_with_parent()
             if os.getppid() not in (0, self._pid):
                 os._exit(1)
+            os.setsid()  # a signal to its own process group must not reach the server
             code_fd, stdout, stderr, ready = fds
             with open(code_fd, "rb", closefd=False) as file:
                 source = file.read().decode("utf-8", "surrogatepass")
