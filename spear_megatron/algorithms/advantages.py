@@ -18,8 +18,8 @@ def grpo_advantages(
 ) -> torch.Tensor:
     """Advantage of every trajectory relative to its group.
 
-    Groups are told apart by id, never by position, so the order of the trajectories does not matter. Trajectories that are
-    not ``valid`` (infrastructure failures) enter no statistic and get 0; so does the only valid member of a group.
+    Groups are told apart by id, never by position, so the order of the trajectories does not matter. Trajectories that
+    are not ``valid`` (infrastructure failures) enter no statistic and get 0; so does the only valid member of a group.
 
     Args:
         rewards: float [n], the shaped reward R_i; entries of invalid trajectories are not read.
@@ -34,7 +34,9 @@ def grpo_advantages(
         ValueError: the three arguments differ in length, or a valid reward is not finite.
     """
     if not len(rewards) == len(group_ids) == len(valid):
-        raise ValueError(f"{len(rewards)} rewards, {len(group_ids)} group ids and {len(valid)} flags: give one per trajectory.")
+        raise ValueError(
+            f"{len(rewards)} rewards, {len(group_ids)} group ids and {len(valid)} flags: give one per trajectory."
+        )
     values = rewards.double()
     if not bool(torch.isfinite(values[valid]).all()):
         raise ValueError("A reward is not finite; a reward function must return finite numbers.")

@@ -25,7 +25,7 @@ class AlgorithmConfig:
     Attributes:
         adv_estimator: ``grpo``.
         norm_adv_by_std_in_grpo: divide by the group's standard deviation (GRPO); False is the Dr. GRPO / Dr. BoT form.
-        use_kl_in_reward: subtract ``kl_ctrl.kl_coef`` times the trajectory's summed KL to the reference from its reward.
+        use_kl_in_reward: subtract ``kl_ctrl.kl_coef`` times a trajectory's summed KL to the reference from its reward.
         kl_penalty: estimator of that KL, a name of :data:`spear_megatron.algorithms.kl.KL_KINDS`.
     """
 

@@ -29,8 +29,8 @@ def kl_estimate(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, *, kind: s
         kind: a name of :data:`KL_KINDS`.
 
     Returns:
-        float32 [...], differentiable in ``log_probs``. k3 is limited to [-10, 10] and its log ratio to [-20, 20], so that
-        one token can not overflow the sum.
+        float32 [...], differentiable in ``log_probs``. k3 is limited to [-10, 10] and its log ratio to [-20, 20], so
+        that one token can not overflow the sum.
 
     Raises:
         ValueError: unknown ``kind``.

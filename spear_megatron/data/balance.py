@@ -28,8 +28,8 @@ def causal_flops(length: int, *, hidden_size: int, num_parameters_per_layer: int
 def assign(costs: Sequence[float], mini_batch_of_row: Sequence[int], num_ranks: int) -> list[int]:
     """Data-parallel rank of every row, with equal total cost on every rank inside each mini-batch.
 
-    Karmarkar-Karp differencing per mini-batch; of the resulting parts the costliest goes to the rank with the least cost
-    so far. Ties are broken by position, so rows sorted by id give one answer wherever they were born.
+    Karmarkar-Karp differencing per mini-batch; of the resulting parts the costliest goes to the rank with the least
+    cost so far. Ties are broken by position, so rows sorted by id give one answer wherever they were born.
 
     Args:
         costs: cost of every row in id order: its packed length, or ``causal_flops`` of it.
@@ -43,7 +43,9 @@ def assign(costs: Sequence[float], mini_batch_of_row: Sequence[int], num_ranks: 
         ValueError: the sequences differ in length or ``num_ranks`` is not positive.
     """
     if len(costs) != len(mini_batch_of_row) or num_ranks < 1:
-        raise ValueError(f"{len(costs)} costs for {len(mini_batch_of_row)} rows on {num_ranks} ranks: give one per row.")
+        raise ValueError(
+            f"{len(costs)} costs for {len(mini_batch_of_row)} rows on {num_ranks} ranks: give one cost per row."
+        )
     owner = [0] * len(costs)
     totals = [0.0] * num_ranks
     for mini_batch in sorted(set(mini_batch_of_row)):
@@ -61,8 +63,8 @@ def assign(costs: Sequence[float], mini_batch_of_row: Sequence[int], num_ranks: 
 def partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:
     """Split items into ``num_parts`` lists (some may be empty) of nearly equal total cost.
 
-    Largest differencing method (Karmarkar and Karp, 1982): the two partial solutions with the largest spread are merged,
-    heaviest part of one with the lightest of the other, until one remains.
+    Largest differencing method (Karmarkar and Karp, 1982): the two partial solutions with the largest spread are
+    merged, heaviest part of one with the lightest of the other, until one remains.
     """
     # A partial solution is (-spread, tie break, parts by descending load); an item alone is one with one filled part.
     Parts = list[tuple[float, list[int]]]
@@ -77,7 +79,8 @@ def partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:
         _, tie, first = heapq.heappop(heap)
         _, other_tie, second = heapq.heappop(heap)
         pairs = zip(first, reversed(second), strict=True)
-        merged = sorted(((a + b, left + right) for (a, left), (b, right) in pairs), key=lambda part: (-part[0], part[1]))
+        sums = [(a + b, left + right) for (a, left), (b, right) in pairs]
+        merged = sorted(sums, key=lambda part: (-part[0], part[1]))
         heapq.heappush(heap, (merged[-1][0] - merged[0][0], min(tie, other_tie), merged))
     return [sorted(items) for _, items in heap[0][2]]
 

@@ -34,7 +34,11 @@ def encode_records(records: Sequence[TensorRecord]) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
     from safetensors.torch import save
 
-    tensors = {f"{i}/{name}": tensor.contiguous() for i, record in enumerate(records) for name, tensor in record.tensors.items()}
+    tensors = {
+        f"{i}/{name}": tensor.contiguous()
+        for i, record in enumerate(records)
+        for name, tensor in record.tensors.items()
+    }
     header = {"records": json.dumps([dict(record.fields) for record in records])}
     return torch.frombuffer(bytearray(save(tensors, metadata=header)), dtype=torch.uint8)
 
@@ -67,15 +71,15 @@ def exchange(
         timeout_s: deadline of the whole exchange.
 
     Returns:
-        What was sent to this data-parallel rank, equal on all ranks that share its model copy; ordered by sender, then as
-        sent.
+        What was sent to this data-parallel rank, equal on all ranks that share its model copy; ordered by sender, then
+        as sent.
 
     Raises:
         ValueError: a destination does not exist, or a rank that is not a leader has payloads.
         TimeoutError: peers did not take part in time; names phase and rank.
     """
     if payloads and not parallel.is_leader:
-        raise ValueError(f"Rank {parallel.rank} is not a data-parallel leader and must have nothing to send in '{phase}'.")
+        raise ValueError(f"Rank {parallel.rank} is not a data-parallel leader: it must send nothing in '{phase}'.")
     outgoing: list[list[TensorRecord]] = [[] for _ in range(parallel.dp_size)]
     for destination, record in payloads:
         if not 0 <= destination < parallel.dp_size:
@@ -116,7 +120,9 @@ def _broadcast(
     source, group = parallel.leader_rank, parallel.model_group
     _wait(dist.broadcast(sizes, source, group=group, async_op=True), parallel, f"{phase} (peer sizes)", deadline)
     lengths = [int(size) for size in sizes]
-    flat = torch.cat(list(buffers)).to(device) if parallel.is_leader else torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+    flat = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+    if parallel.is_leader:
+        flat.copy_(torch.cat(list(buffers)))
     _wait(dist.broadcast(flat, source, group=group, async_op=True), parallel, f"{phase} (peer payload)", deadline)
     return list(flat.cpu().split(lengths))
 

@@ -1,7 +1,7 @@
 """Packing rows into THD micro-batches of one token length, and taking per-token results apart again.
 
-A row of n tokens takes ``packed_length(row)`` <= n - 1 positions: position t predicts token t + 1, and nothing after the
-last sampled token can change the loss of a causal model.
+A row of n tokens takes ``packed_length(row)`` <= n - 1 positions: position t predicts token t + 1, and nothing after
+the last sampled token can change the loss of a causal model.
 """
 
 from __future__ import annotations

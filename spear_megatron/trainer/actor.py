@@ -29,8 +29,8 @@ class UpdateResult:
     """Outcome of one optimizer step, equal on every rank.
 
     Attributes:
-        skipped: None, or why weights, optimizer and schedule are untouched on every rank: ``nonfinite`` (loss or gradient) or
-            ``empty`` (no sampled token anywhere).
+        skipped: None, or why weights, optimizer and schedule are untouched on every rank: ``nonfinite`` (loss or
+            gradient) or ``empty`` (no sampled token anywhere).
         metrics: figures over all ranks; loss and gradient norm may be non-finite when skipped.
     """
 
@@ -90,7 +90,7 @@ class Actor:
         """One optimizer step on the rows of one mini-batch.
 
         Args:
-            rows: with advantages, ``old_log_probs`` unless ``on_policy``, ``ref_log_probs`` when the loss has a KL term.
+            rows: with advantages, ``old_log_probs`` unless ``on_policy``, ``ref_log_probs`` if the loss has a KL term.
             on_policy: this is the step's first update, so the old log-probs are the current ones and need no pass.
 
         Raises:
@@ -131,13 +131,14 @@ class Actor:
         skipped = self._apply(figures, norm)
         if skipped == "empty":
             return UpdateResult(skipped, {})
-        metrics = {"sft/loss": figures.sums["loss"], "sft/grad_norm": norm, "sft/lr": lr, "sft/tokens": figures.sums["tokens"]}
+        loss, tokens = figures.sums["loss"], figures.sums["tokens"]
+        metrics = {"sft/loss": loss, "sft/grad_norm": norm, "sft/lr": lr, "sft/tokens": tokens}
         return UpdateResult(skipped, metrics)
 
     def _require(self, rows: Sequence[Row], on_policy: bool) -> None:
         for row in rows:
             if row.old_log_probs is None and not on_policy:
-                raise ValueError(f"Row {row.trajectory}/{row.segment} has no old_log_probs; call Actor.log_probs first.")
+                raise ValueError(f"Row {row.trajectory}/{row.segment} has no old_log_probs: call Actor.log_probs.")
             if row.ref_log_probs is None and self._config.use_kl_loss:
                 raise ValueError(
                     f"Row {row.trajectory}/{row.segment} has no ref_log_probs, which use_kl_loss needs; "

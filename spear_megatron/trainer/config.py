@@ -20,8 +20,8 @@ class OptimConfig:
     Attributes:
         lr: peak learning rate. weight_decay: decoupled, on matrices only. betas: of Adam.
         clip_grad: bound of the global gradient norm; 0 does not clip.
-        lr_warmup_steps: linear rise from lr / lr_warmup_steps. lr_decay_style: constant, linear or cosine, down to ``min_lr`` at
-            the last step of the run.
+        lr_warmup_steps: linear rise from lr / lr_warmup_steps.
+        lr_decay_style: constant, linear or cosine, down to ``min_lr`` at the last step of the run.
     """
 
     lr: float = 1e-6

@@ -39,8 +39,12 @@ def reduce_figures(parts: Sequence[Figures], parallel: ParallelState) -> StepFig
     """
     own: tuple[dict[str, float], dict[str, float]] = ({}, {})
     if parallel.is_last_stage and parallel.tp_rank == 0:
-        own = _merge([({k: float(v) for k, v in p.sums.items()}, {k: float(v) for k, v in p.maxima.items()}) for p in parts])
+        own = _merge([(_numbers(part.sums), _numbers(part.maxima)) for part in parts])
     return StepFigures(*_merge(gather_objects(parallel, own)))
+
+
+def _numbers(figures: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items()}
 
 
 def _merge(parts: Sequence[tuple[dict[str, float], dict[str, float]]]) -> tuple[dict[str, float], dict[str, float]]:

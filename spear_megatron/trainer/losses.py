@@ -36,7 +36,9 @@ class PolicyLoss:
     kl_kind: str = "low_var_kl"
     on_policy: bool = False
 
-    def __call__(self, log_probs: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
+    def __call__(
+        self, log_probs: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch
+    ) -> tuple[torch.Tensor, Figures]:
         assert entropy is not None
         mask = batch.loss_mask
         log_probs, entropy, weight = log_probs[mask], entropy[mask], batch.token_weight[mask]
@@ -69,7 +71,9 @@ class PolicyLoss:
         return loss, Figures(sums | differences, maxima)
 
 
-def supervised_loss(log_probs: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
+def supervised_loss(
+    log_probs: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch
+) -> tuple[torch.Tensor, Figures]:
     """Masked cross-entropy, sum w * -log p; with weights 1 / tokens it is the mean over all tokens to learn."""
     loss = -(batch.token_weight * log_probs)[batch.loss_mask].sum()
     return loss, Figures({"loss": figure(loss), "tokens": figure(batch.loss_mask)}, {})
@@ -78,7 +82,7 @@ def supervised_loss(log_probs: torch.Tensor, entropy: torch.Tensor | None, batch
 def rollout_difference(
     log_probs: torch.Tensor, rollout_log_probs: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """How far the engine's log-probs are from the trainer's on the same sampled tokens (both float32 [m]): (sums, maxima)."""
+    """How far the engine's log-probs are from the trainer's, both float32 [m] of sampled tokens: (sums, maxima)."""
     log_difference = (log_probs - rollout_log_probs).abs()
     difference = (log_probs.exp() - rollout_log_probs.exp()).abs()
     sums = {"rollout_log_probs_diff": figure(log_difference), "rollout_probs_diff": figure(difference)}

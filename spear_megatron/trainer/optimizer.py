@@ -77,7 +77,7 @@ class PolicyOptimizer:
         self.megatron.zero_grad()
 
     def gradient_norm(self) -> float:
-        """Global L2 norm of the finalized gradients: collective, equal on all ranks up to shared parameters, maybe not finite."""
+        """Global L2 norm of the finalized gradients, the same on all ranks; may be non-finite. Collective."""
         self.megatron.prepare_grads()
         return float(self.megatron.get_grad_norm())
 

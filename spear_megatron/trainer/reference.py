@@ -16,7 +16,7 @@ class Reference:
 
     @contextmanager
     def swapped_in(self, chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-        """While active, ``chunks`` compute with the reference weights; on exit they hold their own again, bit for bit."""
+        """While active, ``chunks`` compute with the reference weights; on exit they hold their own, bit for bit."""
         parameters = _parameters(chunks)
         own = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
         try:

@@ -42,7 +42,7 @@ def test_records_survive_encoding() -> None:
 
 
 def outgoing(source: int, size: int, pattern: str) -> list[tuple[int, int]]:
-    """(destination, number) of every record that a data-parallel rank sends; rank 0 never gets or gives any in `hollow`."""
+    """(destination, number) of every record that a rank sends; in `hollow`, rank 0 neither gives nor gets any."""
     if pattern == "nothing":
         return []
     pairs = [((source + number) % size, number) for number in range(2 * source + 3)]
@@ -113,7 +113,9 @@ def refused(kind: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("kind,text", [("destination", "names data-parallel rank 5"), ("leader", "not a data-parallel leader")])
+@pytest.mark.parametrize(
+    "kind,text", [("destination", "names data-parallel rank 5"), ("leader", "not a data-parallel leader")]
+)
 def test_misuse_is_refused(kind: str, text: str) -> None:
     assert any(text in answer for answer in run_ranks(refused, 2, kind))
 
@@ -123,7 +125,8 @@ def make_row(task: int, segment: int) -> Row:
     mask = torch.arange(n) > 1
     values = torch.arange(n, dtype=torch.float32) + 100 * task
     old = values + 1 if task % 2 else None
-    return Row(TrajectoryId(2, task, 0), segment, torch.arange(n, dtype=torch.int32), mask, values, values * 2, old, None)
+    ids = torch.arange(n, dtype=torch.int32)
+    return Row(TrajectoryId(2, task, 0), segment, ids, mask, values, values * 2, old, None)
 
 
 def redistribute_on_rank(tp: int) -> tuple[int, list[Row]]:

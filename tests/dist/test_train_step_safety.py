@@ -60,7 +60,7 @@ def skip_on_rank(folder: str, layout: Layout, value: float) -> dict[str, Any]:
     return {"first": first, "bad": bad, "untouched": untouched, "good": good, "moved": moved}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e37], ids=["nan", "inf", "overflow in the gradient norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e37], ids=["nan", "inf", "gradient norm overflows"])
 @pytest.mark.parametrize("layout", SAFETY_LAYOUTS, ids=lambda layout: layout.name)
 def test_a_non_finite_step_is_skipped_everywhere(folder: str, layout: Layout, value: float) -> None:
     for outcome in run_ranks(skip_on_rank, layout.world_size, folder, layout, value):
@@ -135,6 +135,51 @@ def test_a_supervised_step_is_the_global_token_mean(folder: str) -> None:
     for layout in SAFETY_LAYOUTS[:3]:
         (loss,) = run_ranks(supervised_on_rank, layout.world_size, folder, layout, torch.float32, 1)[0]
         assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def schedule_on_rank(folder: str, layout: Layout) -> list[tuple[float, float]]:
+    actor, _, parallel = build_actor(folder, layout, lr=1e-2)
+    rows = share_of_rank(make_rows(), parallel)
+    metrics = [actor.sft_update(rows).metrics for _ in range(4)]
+    return [(step["sft/loss"], step["sft/lr"]) for step in metrics]
+
+
+def plain_schedule(folder: str) -> list[tuple[float, float]]:
+    """torch's AdamW with decay on matrices, clipping at 1, warm-up over 2 and a cosine over 10 steps."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999))
+    rows = make_rows()
+    num_tokens = sum(int(row.response_mask.sum()) for row in rows)
+    results = []
+    for step in range(4):
+        lr = 1e-2 * (0.5 + 0.25 * step) if step <= 2 else 1e-2 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 8))
+        total = 0.0
+        optimizer.zero_grad()
+        for row in rows:
+            mask = row.response_mask[1:]
+            logits = model(row.ids.long()[None]).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits[mask], row.ids[1:].long()[mask], reduction="sum") / num_tokens
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        results.append((total, lr))
+    return results
+
+
+def test_optimizer_and_schedule_equal_torch_adamw(folder: str) -> None:
+    expected = run_ranks(plain_schedule, 1, folder)[0]
+    for layout in SAFETY_LAYOUTS[:2]:
+        for step, (loss, lr) in enumerate(run_ranks(schedule_on_rank, layout.world_size, folder, layout)[0]):
+            assert lr == pytest.approx(expected[step][1], rel=1e-9)
+            assert loss == pytest.approx(expected[step][0], rel=1e-3)
 
 
 @pytest.mark.parametrize("layout", [SAFETY_LAYOUTS[1], SAFETY_LAYOUTS[3]], ids=lambda layout: layout.name)

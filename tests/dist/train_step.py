@@ -26,12 +26,14 @@ class Layout:
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
     max_tokens: int = 128
+    recompute: bool = False
 
 
 BASELINE = Layout("1 rank")
 LAYOUTS = (
     Layout("1 rank, one micro-batch", max_tokens=1024),
     Layout("1 rank, rows alone", max_tokens=50),
+    Layout("1 rank, recompute", recompute=True),
     Layout("DP2", world_size=2),
     Layout("DP2, no distributed optimizer", world_size=2, distributed_optimizer=False, max_tokens=96),
     Layout("TP2", world_size=2, tp=2),
@@ -39,7 +41,7 @@ LAYOUTS = (
     Layout("PP2", world_size=2, pp=2, max_tokens=64),
     Layout("PP2 VPP2", world_size=2, pp=2, vpp=2, max_tokens=64),
     Layout("TP2xPP2", world_size=4, tp=2, pp=2),
-    Layout("TP2+SPxPP2xVPP2", world_size=4, tp=2, pp=2, vpp=2, sequence_parallel=True, max_tokens=64),
+    Layout("TP2+SPxPP2xVPP2", world_size=4, tp=2, pp=2, vpp=2, sequence_parallel=True, max_tokens=64, recompute=True),
     Layout("DP2xTP2", world_size=4, tp=2),
     Layout("DP2xPP2", world_size=4, pp=2, distributed_optimizer=False),
 )
@@ -78,7 +80,9 @@ def share_of_rank(rows: list[Row], parallel: Any) -> list[Row]:
     return [row for row, rank in zip(rows, owner, strict=True) if rank == parallel.dp_rank]
 
 
-def build_actor(folder: str, layout: Layout, *, dtype: torch.dtype = torch.float32, lr: float = 1e-3, **fields: Any) -> tuple:
+def build_actor(
+    folder: str, layout: Layout, *, dtype: torch.dtype = torch.float32, lr: float = 1e-3, **fields: Any
+) -> tuple:
     """(actor, shape, parallel) with the weights of ``folder``; ``fields`` are of ActorConfig."""
     from spear_megatron.device.cpu_shim import megatron_on_cpu
     from spear_megatron.model.hf_io import load_hf_folder
@@ -96,6 +100,9 @@ def build_actor(folder: str, layout: Layout, *, dtype: torch.dtype = torch.float
         virtual_pipeline_model_parallel_size=layout.vpp,
         sequence_parallel=layout.sequence_parallel,
         use_distributed_optimizer=layout.distributed_optimizer,
+        recompute_granularity="full" if layout.recompute else None,
+        recompute_method="uniform" if layout.recompute else None,
+        recompute_num_layers=1 if layout.recompute else None,
     )
     parallel = initialize(layout.tp, layout.pp, vpp=layout.vpp, timeout_s=60)
     optim = OptimConfig(lr=lr, lr_warmup_steps=2, lr_decay_style="cosine", weight_decay=0.1, clip_grad=1.0)
@@ -138,7 +145,7 @@ def with_trainer_log_probs(actor: Any, rows: list[Row]) -> tuple[list[Row], dict
 
 
 def step_on_rank(folder: str, layout: Layout, fields: dict[str, Any]) -> dict[str, Any] | None:
-    """On the first rank: log-prob metrics, loss, gradient norm, every gradient by Hugging Face name, next log-probs' entropy."""
+    """On the first rank: log-prob metrics before and after, loss, gradient norm, gradients by Hugging Face name."""
     from spear_megatron.model.hf_io import iter_hf_tensors
 
     actor, shape, parallel = build_actor(folder, layout, **fields)

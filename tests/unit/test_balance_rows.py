@@ -77,5 +77,5 @@ def test_mini_batches_follow_group_ids_not_positions() -> None:
 
 
 def test_lengths_and_rows_must_agree() -> None:
-    with pytest.raises(ValueError, match="one per row"):
+    with pytest.raises(ValueError, match="one cost per row"):
         assign([1, 2], [0], 2)

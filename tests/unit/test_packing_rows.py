@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,7 +119,8 @@ def test_unpack_clears_what_lies_off_the_mask() -> None:
 def make_trajectory(task: int, sample: int, stop: StopReason = StopReason.ANSWER) -> Trajectory:
     mask = torch.tensor([False, True, True])
     segment = Segment(torch.arange(3, dtype=torch.int32), mask, -torch.ones(3) * mask)
-    return Trajectory(TrajectoryId(1, task, sample), (segment, segment), RewardParts(outcome=1.0), stop, policy_version=0)
+    name = TrajectoryId(1, task, sample)
+    return Trajectory(name, (segment, segment), RewardParts(outcome=1.0), stop, policy_version=0)
 
 
 def test_infrastructure_failures_have_no_rows() -> None:
@@ -131,7 +134,7 @@ def test_infrastructure_failures_have_no_rows() -> None:
 def test_kl_penalties_add_up_over_segments() -> None:
     rows = group_rows([Group(Prompt("t", ()), (make_trajectory(0, 0),))])
     zeros, half = torch.zeros(3), torch.full((3,), 0.5)
-    rows = [Row(r.trajectory, r.segment, r.ids, r.response_mask, r.rollout_log_probs, r.advantages, half, zeros) for r in rows]
+    rows = [replace(row, old_log_probs=half, ref_log_probs=zeros) for row in rows]
     assert kl_penalties(rows, kind="k1", coef=0.1) == {TrajectoryId(1, 0, 0): pytest.approx(0.2)}
 
 
