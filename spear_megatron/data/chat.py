@@ -1,4 +1,4 @@
-"""Token in, token out in Qwen's hermes chat format: prompts, the tokens between sampled turns, and masked conversations.
+"""Token in, token out in Qwen's hermes chat format: prompts, the tokens between turns, and masked conversations.
 
 Rules, for the cases where a chat template is not stable under appending:
 

@@ -97,7 +97,8 @@ def load_prompts(config: DataConfig, split: Split) -> list[Prompt]:
     """
     files = config.files(split)
     if files is None:
-        return [_generated_prompt(problem, config.instruction) for problem in generate_problems(config.generator, split)]
+        problems = generate_problems(config.generator, split)
+        return [_generated_prompt(problem, config.instruction) for problem in problems]
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
     for path in files:

@@ -59,7 +59,7 @@ def resolve_target(name: str, builtin: Mapping[str, str], *, key: str) -> Callab
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"{key}.name {name!r}: cannot import {module_name!r} ({error}); install it or start where it can be imported"
+            f"{key}.name {name!r}: cannot import {module_name!r} ({error}); install it, or start where it is found"
         ) from error
     target = module
     for part in attribute.split("."):

@@ -21,7 +21,8 @@ def require(condition: object, message: str) -> None:
 
 def require_int(value: Any, what: str) -> None:
     """ContractError unless ``value`` is an integer of at least 0."""
-    require(isinstance(value, int) and not isinstance(value, bool) and value >= 0, f"{what} must be an integer >= 0, got {value!r}")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= 0, f"{what} must be an integer >= 0, got {value!r}")
 
 
 async def served(what: str, call: Awaitable[T], deadline_s: float) -> T:

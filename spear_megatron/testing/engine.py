@@ -76,7 +76,8 @@ def _check_result(request: GenerateRequest, result: GenerateResult, vocab_size: 
     require(result.finish_reason in ("stop", "length"), f"{what}: finish_reason {result.finish_reason!r}")
     stops = set(request.sampling.stop_token_ids)
     ended = result.output_ids[-1] in stops
-    require(ended == (result.finish_reason == "stop"), f"{what}: finish_reason 'stop' must go with a stop token at the end")
+    stopped = result.finish_reason == "stop"
+    require(ended == stopped, f"{what}: finish_reason 'stop' must go with a stop token at the end")
     require(not stops & set(result.output_ids[:-1]), f"{what}: went on after a stop token")
     if result.finish_reason == "length":
         require(num_tokens == request.sampling.max_new_tokens, f"{what}: finish_reason 'length' before the limit")
@@ -118,10 +119,11 @@ async def _check_exact(
     require(among.log_probs == alone.log_probs, "a request gave other log-probs among others than alone")
     again = await generate(dataclasses.replace(request, request_id="again"))
     require(again.output_ids == alone.output_ids, "the same request gave other tokens the second time")
-    keyed = [await generate(dataclasses.replace(request, request_id=f"key {key}", noise_key=key)) for key in range(2, 8)]
-    require(
-        any(result.output_ids != alone.output_ids for result in keyed), "seven noise keys gave the same tokens"
-    )
+    keyed = [
+        (await generate(dataclasses.replace(request, request_id=f"key {key}", noise_key=key))).output_ids
+        for key in range(2, 8)
+    ]
+    require(any(ids != alone.output_ids for ids in keyed), "seven noise keys gave the same tokens")
 
 
 async def _check_refusals(engine: Engine, request: GenerateRequest, vocab_size: int, deadline_s: float) -> None:
@@ -131,7 +133,7 @@ async def _check_refusals(engine: Engine, request: GenerateRequest, vocab_size: 
         "a token outside the vocabulary": dataclasses.replace(request, input_ids=(vocab_size,)),
         "a negative token": dataclasses.replace(request, input_ids=(-1,)),
         "max_new_tokens 0": dataclasses.replace(request, sampling=dataclasses.replace(sampling, max_new_tokens=0)),
-        "a negative temperature": dataclasses.replace(request, sampling=dataclasses.replace(sampling, temperature=-1.0)),
+        "temperature -1": dataclasses.replace(request, sampling=dataclasses.replace(sampling, temperature=-1.0)),
         "top_p 0": dataclasses.replace(request, sampling=dataclasses.replace(sampling, top_p=0.0)),
     }
     for what, bad in impossible.items():

@@ -94,15 +94,17 @@ async def _episode(
 
 
 def _check_observation(observation: Any, what: str) -> None:
-    require(isinstance(observation, Observation), f"{what} must return an Observation, got {type(observation).__name__}")
+    kind = type(observation).__name__
+    require(isinstance(observation, Observation), f"{what} must return an Observation, got {kind}")
     require(observation.messages, f"{what}: the observation has no messages")
     roles = ("system", "user", "assistant", "tool")
     _check_messages(observation.messages, roles, what)
     require(isinstance(observation.tools, tuple), f"{what}: tools must be a tuple of JSON schemas")
     for tool in observation.tools:
         _require_json(tool, f"{what}: a tool")
-        function = tool.get("function", {}) if isinstance(tool, Mapping) else {}
-        require(isinstance(function.get("name"), str), f"{what}: a tool must be {{'type': 'function', 'function': {{'name': ...}}}}")
+        function = tool.get("function")
+        named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+        require(named, f"{what}: a tool must be {{'type': 'function', 'function': {{'name': ...}}}}")
     key = observation.observation_key
     require(key is None or isinstance(key, str), f"{what}: observation_key must be a string or None, got {key!r}")
 
@@ -110,12 +112,14 @@ def _check_observation(observation: Any, what: str) -> None:
 def _check_step(result: Any, what: str) -> None:
     require(isinstance(result, StepResult), f"{what} must return a StepResult, got {type(result).__name__}")
     require(
-        result.error is None, f"{what}: error={result.error!r} reports an infrastructure failure; answer it with a message"
+        result.error is None,
+        f"{what}: error={result.error!r} reports an infrastructure failure; answer the model with a message",
     )
     require_int(result.num_tool_calls, f"{what}: num_tool_calls")
     require_int(result.num_tool_failures, f"{what}: num_tool_failures")
     number = isinstance(result.reward, (int, float)) and result.reward == result.reward
-    require(number and abs(result.reward) != float("inf"), f"{what}: reward must be a finite number, got {result.reward!r}")
+    finite = number and abs(result.reward) != float("inf")
+    require(finite, f"{what}: reward must be a finite number, got {result.reward!r}")
     ways = [bool(result.done), bool(result.messages), result.observation is not None]
     require(any(ways), f"{what}: the step is not done and has neither messages nor an observation")
     require(not (result.messages and result.observation), f"{what}: messages and an observation exclude each other")
@@ -129,7 +133,8 @@ def _check_messages(messages: Any, roles: Sequence[str], what: str) -> None:
     require(isinstance(messages, tuple), f"{what}: messages must be a tuple, got {type(messages).__name__}")
     for message in messages:
         _require_json(message, f"{what}: a message")
-        require(message.get("role") in roles, f"{what}: a message's role must be one of {roles}, got {message.get('role')!r}")
+        role = message.get("role")
+        require(role in roles, f"{what}: a message's role must be one of {roles}, got {role!r}")
         require(isinstance(message.get("content"), str), f"{what}: a message's content must be a string")
 
 

@@ -15,10 +15,20 @@ from spear_megatron.testing.contract import require, require_int, served
 from spear_megatron.types import Prompt, RewardParts, Segment, StopReason, Trajectory, TrajectoryId
 
 # Last turns that models do end with; none may make a reward raise.
-BAD_ENDINGS = ("", "\\boxed{", "\\boxed{}", "}{" * 2000, "\x00 数 \U0001f600", "\\boxed{" + "9" * 10_000 + "}", "x" * 200_000)
+BAD_ENDINGS = (
+    "",
+    "\\boxed{",
+    "\\boxed{}",
+    "}{" * 2000,
+    "\x00 数 \U0001f600",
+    "\\boxed{" + "9" * 10_000 + "}",
+    "x" * 200_000,
+)
 
 
-def sample_trajectory(prompt: Prompt, final_turn: str | None, *, stop_reason: StopReason = StopReason.ANSWER) -> Trajectory:
+def sample_trajectory(
+    prompt: Prompt, final_turn: str | None, *, stop_reason: StopReason = StopReason.ANSWER
+) -> Trajectory:
     """An episode of one tool call that ends with the text ``final_turn``; with None, one without any model turn."""
     ids = torch.arange(8, dtype=torch.int32)
     segment = Segment(ids=ids, response_mask=ids > 4, rollout_log_probs=torch.where(ids > 4, -0.5, 0.0))

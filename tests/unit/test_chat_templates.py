@@ -101,7 +101,7 @@ def test_mask_covers_exactly_the_assistant_turns(renderer: ChatRenderer, name: s
 )
 def test_delta_is_the_templates_own(renderer: ChatRenderer, inserted: list) -> None:
     """Prompt + sampled turn + delta is the template's rendering of the whole conversation (canonical turn)."""
-    sampled = "Let me see.\n<tool_call>\n{\"name\": \"code_interpreter\", \"arguments\": {\"code\": \"1\"}}\n</tool_call>"
+    sampled = 'Hm.\n<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "1"}}\n</tool_call>'
     turn = renderer.tokenizer.encode(sampled + "<|im_end|>", add_special_tokens=False)
     ids = renderer.prompt_ids([USER], TOOLS) + turn + renderer.delta_ids(inserted)
     messages = [USER, {"role": "assistant", "content": sampled}, *inserted]

@@ -62,7 +62,8 @@ def test_canonical_integer(text: str, value: str | None) -> None:
     ("answer", "truth", "verdict"),
     [
         ("91", "91", True), ("091", "91", True), ("1,000", "1000", True), ("90", "91", False), ("", "91", False),
-        (r"336", r"336^\circ", True), ("x+1", "x+1", True), ("x+1", "1+x", None), ("1/2", "0.5", None), ("n", "5", None),
+        (r"336", r"336^\circ", True), ("x+1", "x+1", True), ("x+1", "1+x", None), ("1/2", "0.5", None),
+        ("n", "5", None),
     ],
 )
 def test_quick_verdict(answer: str, truth: str, verdict: bool | None) -> None:

@@ -56,7 +56,11 @@ def test_reset_gives_the_prompt_and_the_tool() -> None:
         (ok("\n 1\n2\n\n"), " 1\n2", False),
         (ok(""), "(The program printed nothing.)", False),
         (ExecutionResult(status=ExecutionStatus.OK, stdout="1\n", stderr="warning"), "1", False),
-        (ExecutionResult(status=ExecutionStatus.ERROR, stdout="1", stderr="Trace:\n  x\n\nNameError: y\n"), "  x\nNameError: y", True),
+        (
+            ExecutionResult(status=ExecutionStatus.ERROR, stdout="1", stderr="Trace:\n  x\n\nNameError: y\n"),
+            "  x\nNameError: y",
+            True,
+        ),
         (ExecutionResult(status=ExecutionStatus.ERROR), "Error: the program failed without a message.", True),
         (ExecutionResult(status=ExecutionStatus.TIMEOUT, stdout="1"), "Error: the program ran out of time.", True),
         (ExecutionResult(status=ExecutionStatus.MEMORY), "Error: the program ran out of memory.", True),
@@ -81,7 +85,7 @@ def test_every_status_of_the_sandbox_is_handled() -> None:
     ("text", "message"),
     [
         ("<tool_call>{</tool_call>", "not valid JSON"),
-        (tagged({"name": "calculator", "arguments": {"code": "1"}}), "there is no tool named 'calculator', use code_interpreter"),
+        (tagged({"name": "calc", "arguments": {"code": "1"}}), "there is no tool named 'calc', use code_interpreter"),
         (tagged({"name": "code_interpreter", "arguments": {}}), "'code' must be a string"),
         (call(3), "'code' must be a string"),
     ],

@@ -30,8 +30,9 @@ def test_programs_print_the_answers(split: str) -> None:
 
 
 def test_splits_are_disjoint_for_any_seeds() -> None:
-    train = {p.text for seed in range(4) for p in generate_problems(GeneratorConfig(levels=(1,), num_train=1000, seed=seed), "train")}
-    val = {p.text for seed in range(4, 8) for p in generate_problems(GeneratorConfig(levels=(1,), seed=seed), "val")}
+    configs = [GeneratorConfig(levels=(1,), num_train=1000, seed=seed) for seed in range(4)]
+    train = {problem.text for config in configs for problem in generate_problems(config, "train")}
+    val = {problem.text for config in configs for problem in generate_problems(config, "val")}
     assert not train & val
     assert {split_of(text) for text in train} == {"train"} and {split_of(text) for text in val} == {"val"}
 

@@ -66,7 +66,8 @@ def test_cold_start_refuses_what_cannot_be() -> None:
 def test_examples_learn_the_call_and_the_answer_only() -> None:
     renderer = tiny_renderer()
     conversations = cold_start_conversations(CONFIG, count=5, error_rate=0.0, seed=0)
-    for conversation, example in zip(conversations, encode_conversations(conversations, renderer, max_length=200), strict=True):
+    examples = encode_conversations(conversations, renderer, max_length=200)
+    for conversation, example in zip(conversations, examples, strict=True):
         assert example.ids.dtype == torch.int32 and example.loss_mask.dtype == torch.bool
         learned = renderer.decode(example.ids[example.loss_mask].tolist())
         code = json.dumps(conversation.messages[1]["tool_calls"][0]["function"]["arguments"]["code"])

@@ -91,7 +91,9 @@ COUNTER = itertools.count()
 STEPS = {
     "must return a StepResult": None,
     "neither messages nor an observation": StepResult(),
-    "exclude each other": StepResult(messages=({"role": "tool", "content": ""},), observation=Observation(PROMPT.messages)),
+    "exclude each other": StepResult(
+        messages=({"role": "tool", "content": ""},), observation=Observation(PROMPT.messages)
+    ),
     "infrastructure failure": StepResult(done=True, error="oops"),
     "role must be one of": StepResult(messages=({"role": "assistant", "content": ""},)),
     "content must be a string": StepResult(messages=({"role": "tool", "content": None},)),

@@ -50,8 +50,9 @@ def test_raw_line_breaks_in_strings_are_accepted() -> None:
 
 
 def test_several_calls_keep_their_order_and_fail_alone() -> None:
-    text = tagged({"name": "a", "arguments": {}}) + "<tool_call>{oops}</tool_call>" + tagged({"name": "b", "arguments": {}})
-    assert [(call.name, call.error is None) for call in parse_tool_calls(text)] == [("a", True), ("", False), ("b", True)]
+    first, last = (tagged({"name": name, "arguments": {}}) for name in "ab")
+    calls = parse_tool_calls(first + "<tool_call>{oops}</tool_call>" + last)
+    assert [(call.name, call.error is None) for call in calls] == [("a", True), ("", False), ("b", True)]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,9 @@ def test_number_of_calls_is_bounded() -> None:
     assert [call.error is None for call in calls] == [True] * MAX_CALLS + [False]
 
 
-@pytest.mark.parametrize("piece", ["<tool_call>", "<tool_call>{\"a\": \"", "<tool_call>[[", "</tool_call>", "<tool_call>{}</tool_call>"])
+@pytest.mark.parametrize(
+    "piece", ["<tool_call>", '<tool_call>{"a": "', "<tool_call>[[", "</tool_call>", "<tool_call>{}</tool_call>"]
+)
 def test_huge_inputs_are_read_in_bounded_time(piece: str) -> None:
     start = time.perf_counter()
     calls = parse_tool_calls(piece * (2_000_000 // len(piece)))
