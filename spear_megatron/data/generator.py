@@ -55,9 +55,13 @@ class GeneratorConfig:
     """
 
     levels: tuple[int, ...] = (1, 2)
+    """Difficulty levels of the built-in tasks, in equal shares."""
     num_train: int = 4096
+    """Built-in training tasks."""
     num_val: int = 256
+    """Built-in held-out tasks, disjoint from the training tasks."""
     seed: int = 0
+    """Keys the built-in tasks."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))

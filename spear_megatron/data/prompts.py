@@ -26,14 +26,22 @@ class DataConfig:
     """
 
     train_files: tuple[str, ...] | str | None = None
+    """JSONL files of training tasks (id, problem, answer), one path or several; null takes the built-in generator."""
     val_files: tuple[str, ...] | str | None = None
+    """JSONL files of held-out tasks; null takes the built-in generator's held-out split."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     train_batch_size: int = 64
+    """Prompts per training step, over all ranks."""
     max_prompt_length: int = 1024
+    """Tokens of the opening conversation; longer prompts are refused."""
     max_response_length: int = 2048
+    """Tokens after the prompt: sampled ones and tool responses together."""
     shuffle: bool = True
+    """Visit the training prompts in a new random order every epoch."""
     seed: int = 0
+    """Keys the order of the prompts."""
     instruction: str = ""
+    """Text appended to every problem."""
 
     def __post_init__(self) -> None:
         for key in ("train_files", "val_files"):

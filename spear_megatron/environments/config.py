@@ -18,7 +18,9 @@ class EnvironmentConfig:
     """
 
     name: str = "code_interpreter"
+    """Built-in environment, or module:attribute of a class or function that makes one per episode."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,9 @@ class ModelConfig:
     """
 
     path: str = ""
+    """Model folder in Hugging Face format: config.json, safetensors, tokenizer."""
     dtype: str = "bf16"
+    """fp32 or bf16 weights and activations; gradients are accumulated and optimizer states kept in fp32."""
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:

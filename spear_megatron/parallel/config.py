@@ -19,14 +19,23 @@ class MegatronConfig:
     """
 
     tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's matrices."""
     pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers, as stages of a pipeline."""
     virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank, run interleaved; null for one."""
     context_parallel_size: int = 1
+    """Ranks that share a sequence; only 1 is supported."""
     sequence_parallel: bool = False
+    """Cut the activations between matrices by tokens over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = True
+    """Cut the optimizer states over the data-parallel ranks."""
     recompute_granularity: str | None = None
+    """What the backward pass computes again: null nothing, selective the attention, full whole layers."""
     recompute_method: str | None = None
+    """Which layers full recomputes: uniform groups of layers, or a block of the first ones."""
     recompute_num_layers: int | None = None
+    """Layers per uniform group, or layers of the block."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):

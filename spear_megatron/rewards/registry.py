@@ -22,7 +22,9 @@ class RewardConfig:
     """
 
     name: str = "math"
+    """Built-in reward, or module:attribute of a class or function that makes one."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the reward."""
 
     def __post_init__(self) -> None:
         if not self.name:

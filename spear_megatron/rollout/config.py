@@ -15,7 +15,7 @@ class MultiTurnConfig:
 
     Attributes:
         max_assistant_turns: model turns of one episode; the last may not ask for a tool.
-        max_tool_response_length: tokens of one tool response; longer ones are cut.
+        max_tool_response_length: characters of one tool message; a longer one is cut in the middle.
     """
 
     max_assistant_turns: int = 4
@@ -31,9 +31,13 @@ class ValKwargsConfig:
     """Sampling of evaluations: ``n`` samples per task; temperature 0 is greedy; top_p and top_k may restrict."""
 
     n: int = 1
+    """Samples per held-out task."""
     temperature: float = 1.0
+    """Sampling temperature of evaluations; 0 is greedy."""
     top_p: float = 1.0
+    """Nucleus of evaluations; 1 is off."""
     top_k: int = -1
+    """Most likely tokens that evaluations sample from; -1 is off."""
 
     def __post_init__(self) -> None:
         prefix = f"{_PREFIX}.val_kwargs"

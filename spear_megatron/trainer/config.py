@@ -31,6 +31,7 @@ class OptimConfig:
     lr_warmup_steps: int = 0
     lr_decay_style: str = "constant"
     min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -67,7 +68,9 @@ class ActorConfig:
     ppo_max_token_len_per_gpu: int = 16384
     clip_ratio: float = 0.2
     clip_ratio_low: float | None = None
+    """PPO clip range below 1; null takes clip_ratio."""
     clip_ratio_high: float | None = None
+    """PPO clip range above 1; null takes clip_ratio."""
     clip_ratio_c: float = 3.0
     loss_agg_mode: str = "token-mean"
     entropy_coeff: float = 0.0
