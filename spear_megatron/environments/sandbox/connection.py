@@ -128,7 +128,8 @@ class Connection:
         """
         control = self._process.control
         try:
-            data = await asyncio.wait_for(self._loop.sock_recv(control, _MAX_MESSAGE_BYTES), _START_S)
+            async with asyncio.timeout(_START_S):
+                data = await self._loop.sock_recv(control, _MAX_MESSAGE_BYTES)
             message = self._process.greeting(data)
         except (OSError, TimeoutError, ServerError) as error:
             await self.close(str(error) or "the server did not start")

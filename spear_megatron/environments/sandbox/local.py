@@ -73,7 +73,8 @@ class LocalSandbox:
         self._adopt_loop()
         turns = self._turns
         try:
-            await asyncio.wait_for(turns.acquire(), self._config.queue_s)
+            async with asyncio.timeout(self._config.queue_s):
+                await turns.acquire()
         except TimeoutError:
             return infrastructure(f"waited {self._config.queue_s:g} s for one of {self._config.workers} workers")
         try:

@@ -56,12 +56,14 @@ class RemoteSandbox:
             return infrastructure("the sandbox was closed")
         client, turns = self._on_this_loop()
         try:
-            await asyncio.wait_for(turns.acquire(), self._config.queue_s)
+            async with asyncio.timeout(self._config.queue_s):
+                await turns.acquire()
         except TimeoutError:
             return infrastructure(f"waited {self._config.queue_s:g} s for one of {self._config.workers} workers")
         limit_s = self._config.wall_s + _GRACE_S
         try:
-            return await asyncio.wait_for(self._attempts(client, code), limit_s)
+            async with asyncio.timeout(limit_s):
+                return await self._attempts(client, code)
         except TimeoutError:
             return infrastructure(f"{self._url} did not answer within {limit_s:g} s")
         finally:
