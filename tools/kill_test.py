@@ -191,8 +191,9 @@ def newest_checkpoint(run_dir: Path) -> int:
 
 
 def is_saving(run_dir: Path) -> bool:
-    """Whether a checkpoint is being written."""
-    return next((run_dir / "checkpoints").glob(".staging-*"), None) is not None
+    """Whether a checkpoint is being written or an old one deleted."""
+    folder = run_dir / "checkpoints"
+    return any(next(folder.glob(pattern), None) is not None for pattern in (".staging-*", ".trash-*"))
 
 
 class Harness:
@@ -205,13 +206,21 @@ class Harness:
         self._save_share = save_share
         self._deadline_s = deadline_s
         self._reference: list[dict[str, Any]] = []
+        self._save_s = 0.1
+        self._num_runs = 0
         self.result = Result(self._command, 0.0, "")
 
     def measure_reference(self) -> None:
         """Run once undisturbed."""
         run_dir = self._work / "reference"
         attempt = self._start(run_dir)
-        self._wait_until(attempt, lambda: False)
+        saves = []
+        while not self._wait_until(attempt, lambda: is_saving(run_dir)):
+            began = time.monotonic()
+            if self._wait_until(attempt, lambda: not is_saving(run_dir)):
+                break
+            saves.append(time.monotonic() - began)
+        self._save_s = sorted(saves)[len(saves) // 2] if saves else self._save_s
         self._reference = read_metrics(run_dir)
         if not self._reference or not (run_dir / "hf").is_dir():
             raise RuntimeError(f"the undisturbed run left no metrics.jsonl or no hf folder in {run_dir}")
@@ -219,11 +228,16 @@ class Harness:
         self.result.reference_weights = hash_folder(run_dir / "hf")
 
     def run(self, kills: int) -> Iterator[Kill | Outcome]:
-        """Yield every kill and every outcome as they happen, until ``kills`` kills are done and the last run ended."""
-        for index in range(10 * kills + 10):
+        """Yield kills and outcomes as they happen, until there are ``kills`` kills in all and the last run ended.
+
+        Raises:
+            RuntimeError: the command keeps ending before its kill.
+        """
+        for _ in range(10 * kills + 10):
             if len(self.result.kills) >= kills:
                 return
-            run_dir = self._work / f"run_{index:03d}"
+            run_dir = self._work / f"run_{self._num_runs:03d}"
+            self._num_runs += 1
             count = 0
             while True:
                 kill = self._attempt(run_dir, may_kill=len(self.result.kills) < kills)
@@ -237,6 +251,7 @@ class Harness:
                 self.result.outcomes.append(outcome)
                 yield outcome
             shutil.rmtree(run_dir)
+        raise RuntimeError(f"only {len(self.result.kills)} of {kills} kills came before the command ended")
 
     def _attempt(self, run_dir: Path, *, may_kill: bool) -> Kill | None:
         attempt = self._start(run_dir)
@@ -251,10 +266,9 @@ class Harness:
             moment, ended = f"after {delay:.2f} s", self._wait_until(attempt, lambda: attempt.seconds >= delay)
         if ended:
             return None
-        during_save = is_saving(run_dir)
         seconds = attempt.seconds
         attempt.kill()
-        during_save = during_save or is_saving(run_dir)
+        during_save = is_saving(run_dir)
         return Kill(
             len(self.result.kills) + 1, run_dir.name, moment, round(seconds, 2), during_save,
             newest_checkpoint(run_dir), len(read_metrics(run_dir)),
@@ -262,14 +276,13 @@ class Harness:
 
     def _wait_for_save(self, attempt: Attempt, run_dir: Path) -> tuple[str, bool]:
         """Wait for the n-th save of this attempt and a little into it."""
-        number, fraction = self._random.randint(1, 3), self._random.random()
+        number, delay = self._random.randint(1, 3), self._random.uniform(0.0, self._save_s)
         for _ in range(number):
             if self._wait_until(attempt, lambda: not is_saving(run_dir)) or self._wait_until(
                 attempt, lambda: is_saving(run_dir)
             ):
                 return "", True
         began = time.monotonic()
-        delay = 0.15 * fraction**2
         ended = self._wait_until(attempt, lambda: time.monotonic() - began >= delay)
         return f"{delay * 1000:.0f} ms into save {number}", ended
 
@@ -296,18 +309,24 @@ class Harness:
 
 
 def default_command(work: Path, ranks: int) -> list[str]:
-    """A short run of the quickstart's configuration on a freshly made tiny model."""
-    model = work / "model"
-    if not model.exists():
-        make = [sys.executable, "-m", "spear_megatron.data.tiny", str(model)]
-        subprocess.run(make, cwd=ROOT, check=True, timeout=300)
+    """A short run of the quickstart's configuration on a tiny model after a short cold start."""
+    program, model, start = [sys.executable, "-m"], work / "model", work / "sft"
+    cold_start = [
+        "spear_megatron", "sft", "--config", "configs/quickstart.yaml", f"actor_rollout_ref.model.path={model}",
+        f"sft.default_local_dir={start}", "trainer.num_threads=1",
+    ]  # fmt: skip
+    for command in (["spear_megatron.data.tiny", str(model)], cold_start):
+        done = subprocess.run([*program, *command], cwd=ROOT, timeout=600, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return [
         sys.executable, *launcher, "-m", "spear_megatron", "train", "--config", "configs/quickstart.yaml",
-        f"actor_rollout_ref.model.path={model}", "trainer.default_local_dir={run}", "trainer.total_training_steps=6",
-        "trainer.save_freq=1", "trainer.test_freq=3", "trainer.max_actor_ckpt_to_keep=2", "trainer.num_threads=1",
+        f"actor_rollout_ref.model.path={start / 'hf'}", "trainer.default_local_dir={run}",
+        "trainer.total_training_steps=6", "trainer.save_freq=1", "trainer.test_freq=3", "trainer.max_actor_ckpt_to_keep=2",
+        "trainer.num_threads=1",
         "data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=4",
-        "data.generator.num_val=8",
+        "actor_rollout_ref.actor.entropy_coeff=0.001", "data.generator.num_val=8",
     ]  # fmt: skip
 
 
@@ -320,10 +339,8 @@ def show(event: Kill | Outcome, reference: str) -> str:
             f"checkpoint {event.newest_checkpoint:3d}, {event.recorded_steps:3d} lines"
         )
     verdict = "identical" if event.metrics_equal and event.weights_equal else f"DIFFERENT {event.difference}"
-    return (
-        f"       {event.run} ended after {event.kills} kills: {verdict}; weights {event.weights[:16]} "
-        f"(undisturbed {reference[:16]})"
-    )
+    hashes = f"weights {event.weights[:12]}, undisturbed {reference[:12]}"
+    return f"       {event.run} ended after {event.kills} kill(s): {verdict} ({hashes})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -352,10 +369,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("command:", " ".join(command), flush=True)
     harness.measure_reference()
     print(f"undisturbed run: {result.reference_s:.1f} s, weights {result.reference_weights}", flush=True)
-    for event in harness.run(1 if args.demo else args.kills):
-        print(show(event, result.reference_weights), flush=True)
-        if args.demo and isinstance(event, Outcome):
-            print(f"killed and resumed: weights {event.weights}, metrics equal: {event.metrics_equal}")
+    # The demonstration goes on until its kill falls inside a save.
+    for kills in range(1, 21) if args.demo else [args.kills]:
+        for event in harness.run(kills):
+            print(show(event, result.reference_weights), flush=True)
+        if result.kills[-1].during_save:
+            break
+    if args.demo:
+        print(f"undisturbed:        weights {result.reference_weights}")
+        print(f"killed and resumed: weights {result.outcomes[-1].weights}")
     (work / "summary.json").write_text(json.dumps({**asdict(result), "passed": result.passed}, indent=1) + "\n")
     inside = sum(kill.during_save for kill in result.kills)
     identical = sum(outcome.metrics_equal and outcome.weights_equal for outcome in result.outcomes)

@@ -42,6 +42,17 @@ def test_kills_leave_no_trace(kill_test: ModuleType, tmp_path: Path, capsys: pyt
     assert "8 kills" in printed
 
 
+def test_the_demonstration_kills_inside_a_save(
+    kill_test: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "work"
+    assert kill_test.main(["--demo", "--work", str(work), "--", sys.executable, str(STAND_IN), "{run}"]) == 0
+    assert json.loads((work / "summary.json").read_text())["kills"][-1]["during_save"]
+    lines = capsys.readouterr().out.splitlines()
+    hashes = [line.split()[-1] for line in lines if line.startswith(("undisturbed: ", "killed and resumed: "))]
+    assert len(hashes) == 2 and hashes[0] == hashes[1]
+
+
 def test_a_state_that_is_not_restored_is_found(kill_test: ModuleType, tmp_path: Path) -> None:
     work = tmp_path / "work"
     command = [sys.executable, str(STAND_IN), "{run}", "--forgetful"]
