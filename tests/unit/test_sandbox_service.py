@@ -255,3 +255,9 @@ def test_probe_agrees_with_the_kernel() -> None:
     for result in probe():
         assert result.available == (forbidden_reason(result.backend) is None), result
         assert result.available == (result.reason == "")
+
+
+def test_the_kernel_ends_programs_before_the_trainer(bare: Driver) -> None:
+    """When memory runs out, the victim is the process with the highest score."""
+    assert bare.run("print(1)").status is ExecutionStatus.OK
+    assert Path(f"/proc/{_server_pid(bare)}/oom_score_adj").read_text() == "1000\n"

@@ -14,8 +14,9 @@ class SandboxConfig:
     Attributes:
         backend: ``auto`` takes ``namespaces`` where the kernel allows them, else ``landlock``; ``remote`` is a
             SandboxFusion service at ``url``. Code never runs unsandboxed.
-        memory_mb: address space a program may add to the preloaded interpreter, in MiB, per process.
+        memory_mb: address space that each process of a program may add to the preloaded interpreter, in MiB.
         cpu_s: CPU seconds of a program; what decides that it takes too long, as wall time depends on the load.
+            Processes that a program forks have as much each, within ``wall_s`` of the whole.
         wall_s: wall-clock backstop in seconds, for programs that sleep or wait.
         output_bytes: bytes kept of stdout and of stderr, each; a program that writes more is stopped.
         processes: processes and threads of a program. Only ``namespaces`` lets a program fork at all.

@@ -38,7 +38,7 @@ class LandlockJail:
                 linux.drop_capabilities()
         flags = os.O_PATH | os.O_CLOEXEC
         self._readable = [os.open(path, flags) for path in folders]
-        self._devices = [os.open(path, flags) for path in runtime.DEVICES]
+        self._devices = [os.open(path, flags) for path in runtime.devices()]
         self._root = tempfile.mkdtemp(prefix="spear-sandbox-", dir=self._settings.scratch)
 
     @property

@@ -37,6 +37,7 @@ def _write_maps(proc: int, outside_uid: int, outside_gid: int) -> None:
 
 def _build_root(folders: list[str]) -> None:
     """Make a read-only root of the runtime alone and move there; the host's files are then out of reach."""
+    devices = runtime.devices()
     links = {path: os.readlink(path) for path in ("/lib", "/lib64") if os.path.islink(path)}
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     # Any folder will do, as only this mount namespace sees it: one in which no runtime can lie.
@@ -49,7 +50,7 @@ def _build_root(folders: list[str]) -> None:
     for path, target in links.items():
         os.symlink(target, path)
     os.mkdir("/dev")
-    for path in runtime.DEVICES:
+    for path in devices:
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
         linux.bind(_OLD_ROOT + path, path, read_only=False)
     os.makedirs(WORK)

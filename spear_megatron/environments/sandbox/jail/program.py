@@ -23,10 +23,10 @@ _SEED = 0
 
 def _replace_streams() -> None:
     """New text streams on descriptors 0 to 2, so that nothing is shared with the server or another program."""
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8")  # noqa: SIM115
-    for name, fd in (("stdout", 1), ("stderr", 2)):
-        raw = io.BufferedWriter(io.FileIO(fd, "w"))
-        stream = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        raw = io.FileIO(fd, mode)
+        buffer = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+        stream = io.TextIOWrapper(buffer, encoding="utf-8", errors="backslashreplace", line_buffering=True)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
@@ -42,7 +42,8 @@ def _seed() -> None:
 def _report(error: BaseException) -> None:
     """Print the traceback of ``error`` with the frames of the program alone."""
     summary = traceback.TracebackException.from_exception(error)
-    pending, seen = [summary], set()
+    pending: list[traceback.TracebackException | None] = [summary]
+    seen: set[int] = set()
     while pending:
         part = pending.pop()
         if part is None or id(part) in seen:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from .settings import Settings
 
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC0", "OMP_NUM_THREADS": "1"}
 # What these modules import at first use.
 _LAZY_PARTS = {"numpy": ("numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial"), "sympy": ("sympy.core.random",)}
@@ -70,6 +70,11 @@ def folders(packages: Iterable[str]) -> list[str]:
         if not any(path.startswith(parent + "/") for parent in result):
             result.append(path)
     return result
+
+
+def devices() -> list[str]:
+    """The device files of this machine that a program may use."""
+    return [path for path in _DEVICES if os.path.exists(path)]
 
 
 def address_space_bytes() -> int:

@@ -9,6 +9,7 @@ The answers are ``{"ready": [modules], "scratch": folder}`` or ``{"failed": text
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -35,8 +36,8 @@ _MAX_FD = 1 << 16
 class Jail(Protocol):
     """What a backend does for the server."""
 
-    scratch_root: str
-
+    @property
+    def scratch_root(self) -> str: ...
     def enter(self) -> None: ...
     def fork(self) -> int: ...
     def make_scratch(self, run_id: int) -> str: ...
@@ -239,6 +240,8 @@ def main() -> None:
     control = socket.socket(fileno=int(sys.argv[2]))
     sys.path.remove(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")  # when memory runs out, the kernel should end a program and not the trainer
     try:
         runtime.start_interpreter(settings.packages)
         loaded = runtime.preload(settings.preload)
