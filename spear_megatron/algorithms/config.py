@@ -12,6 +12,7 @@ class KlCtrlConfig:
     """``algorithm.kl_ctrl.*``: the coefficient of the KL penalty that ``use_kl_in_reward`` puts into the reward."""
 
     kl_coef: float = 0.001
+    """Coefficient of the KL penalty that use_kl_in_reward puts into the reward."""
 
     def __post_init__(self) -> None:
         if self.kl_coef < 0:
