@@ -105,7 +105,8 @@ def test_preload_decides_what_is_loaded_before_the_program() -> None:
 
 def _decide(program: bytes, arch: int, number: int, arguments: tuple[int, ...] = ()) -> int:
     """What the kernel would answer: an interpreter of the four kinds of instruction in use."""
-    data = struct.pack("=IIQ6Q", number & 0xFFFFFFFF, arch, 0, *(value & (2**64 - 1) for value in (*arguments, *[0] * 6)[:6]))
+    six = [value & (2**64 - 1) for value in (*arguments, 0, 0, 0, 0, 0, 0)[:6]]
+    data = struct.pack("=IIQ6Q", number & 0xFFFFFFFF, arch, 0, *six)
     position, register = 0, 0
     while True:
         code, if_true, if_false, value = struct.unpack_from("=HBBI", program, 8 * position)

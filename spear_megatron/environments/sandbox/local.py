@@ -15,6 +15,12 @@ from spear_megatron.environments.sandbox.protocol import ExecutionResult, infras
 _PROBE_S = 20.0
 
 
+def _package_folders() -> tuple[str, ...]:
+    """Where modules are installed; folders on PYTHONPATH are left out, as they hold a user's own files."""
+    user = (site.getusersitepackages(),) if site.ENABLE_USER_SITE else ()
+    return (*site.getsitepackages(), *user)
+
+
 def server_settings(config: SandboxConfig, backend: str) -> Settings:
     """The part of ``config`` that the server needs."""
     return Settings(
@@ -26,7 +32,7 @@ def server_settings(config: SandboxConfig, backend: str) -> Settings:
         processes=config.processes,
         disk_mb=config.disk_mb,
         preload=config.preload,
-        packages=tuple(site.getsitepackages()),
+        packages=_package_folders(),
         scratch=tempfile.gettempdir(),
     )
 

@@ -59,7 +59,8 @@ def _build_root(folders: list[str]) -> None:
             os.symlink(WORK, path)
     linux.unmount(_OLD_ROOT)
     os.rmdir(_OLD_ROOT)
-    linux.mount("none", "/", None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV)
+    flags = linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
+    linux.mount("none", "/", None, flags)
 
 
 class NamespaceJail:

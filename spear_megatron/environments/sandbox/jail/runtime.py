@@ -16,7 +16,10 @@ from .settings import Settings
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC0", "OMP_NUM_THREADS": "1"}
 # What these modules import at first use.
-_LAZY_PARTS = {"numpy": ("numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial"), "sympy": ("sympy.core.random",)}
+_LAZY_PARTS = {
+    "numpy": ("numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial"),
+    "sympy": ("sympy.core.random",),
+}
 _MAX_OPEN_FILES = 64
 _MAX_PENDING_SIGNALS = 256
 

@@ -106,7 +106,7 @@ def build(*, namespaces: bool, pid: int, machine: str | None = None) -> bytes:
         _instruction(_JUMP_EQUAL, _AUDIT_ARCH[machine], 1, 0),
         _instruction(_RETURN, _KILL_PROCESS),
         _instruction(_LOAD, _NUMBER_OFFSET),
-        _instruction(_JUMP_GREATER, syscalls.LAST_KNOWN, 0, 1),  # also catches the x32 calls, whose numbers start at 2**30
+        _instruction(_JUMP_GREATER, syscalls.LAST_KNOWN, 0, 1),  # also catches x32
         _instruction(_RETURN, _ERRNO | errno.ENOSYS),
         _refuse(denied, column, errno.EPERM),
         _refuse(hidden, column, errno.ENOSYS),
