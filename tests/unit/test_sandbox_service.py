@@ -82,7 +82,7 @@ def test_numpy_and_sympy(box: Driver) -> None:
         ("import asyncio\nasync def f(): return 5\nprint(asyncio.run(f()))", ExecutionStatus.OK, "5\n", ""),
         ("import threading\nthreading.Thread(target=print, args=(7,)).start()", ExecutionStatus.OK, "7\n", ""),
         ("import atexit\natexit.register(print, 8)", ExecutionStatus.OK, "8\n", ""),
-        ("from enum import Enum\nclass A(Enum):\n    x = 1\nprint(A.x.__module__)", ExecutionStatus.OK, "__main__\n", ""),
+        ("from enum import Enum\nclass A(Enum): x = 1\nprint(A.__module__)", ExecutionStatus.OK, "__main__\n", ""),
     ],
 )
 def test_python_semantics(box: Driver, code: str, status: ExecutionStatus, stdout: str, in_stderr: str) -> None:
