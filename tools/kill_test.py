@@ -207,6 +207,7 @@ class Harness:
         self._deadline_s = deadline_s
         self._reference: list[dict[str, Any]] = []
         self._save_s = 0.1
+        self._shortest_s = float("inf")
         self._num_runs = 0
         self.result = Result(self._command, 0.0, "")
 
@@ -224,7 +225,7 @@ class Harness:
         self._reference = read_metrics(run_dir)
         if not self._reference or not (run_dir / "hf").is_dir():
             raise RuntimeError(f"the undisturbed run left no metrics.jsonl or no hf folder in {run_dir}")
-        self.result.reference_s = attempt.seconds
+        self.result.reference_s = self._shortest_s = attempt.seconds
         self.result.reference_weights = hash_folder(run_dir / "hf")
 
     def run(self, kills: int) -> Iterator[Kill | Outcome]:
@@ -262,9 +263,10 @@ class Harness:
         if in_save:
             moment, ended = self._wait_for_save(attempt, run_dir)
         else:
-            delay = self._random.uniform(0.0, self.result.reference_s)
+            delay = self._random.uniform(0.0, self._shortest_s)
             moment, ended = f"after {delay:.2f} s", self._wait_until(attempt, lambda: attempt.seconds >= delay)
         if ended:
+            self._shortest_s = min(self._shortest_s, attempt.seconds)
             return None
         seconds = attempt.seconds
         attempt.kill()
@@ -308,7 +310,7 @@ class Harness:
         return Outcome(run_dir.name, kills, not difference, same, difference, weights)
 
 
-def default_command(work: Path, ranks: int) -> list[str]:
+def default_command(work: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
     """A short run of the quickstart's configuration on a tiny model after a short cold start."""
     program, model, start = [sys.executable, "-m"], work / "model", work / "sft"
     cold_start = [
@@ -323,10 +325,10 @@ def default_command(work: Path, ranks: int) -> list[str]:
     return [
         sys.executable, *launcher, "-m", "spear_megatron", "train", "--config", "configs/quickstart.yaml",
         f"actor_rollout_ref.model.path={start / 'hf'}", "trainer.default_local_dir={run}",
-        "trainer.total_training_steps=6", "trainer.save_freq=1", "trainer.test_freq=3", "trainer.max_actor_ckpt_to_keep=2",
-        "trainer.num_threads=1",
+        "trainer.total_training_steps=6", "trainer.save_freq=1", "trainer.test_freq=3",
+        "trainer.max_actor_ckpt_to_keep=2", "trainer.num_threads=1",
         "data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=4",
-        "actor_rollout_ref.actor.entropy_coeff=0.001", "data.generator.num_val=8",
+        "actor_rollout_ref.actor.entropy_coeff=0.001", "data.generator.num_val=8", *overrides,
     ]  # fmt: skip
 
 
@@ -357,12 +359,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="root of the random moments")
     parser.add_argument("--save-share", type=float, default=0.4, help="share of the kills that aim into a save")
     parser.add_argument("--ranks", type=int, default=1, help="processes of the built-in command")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the built-in command")
     parser.add_argument("--deadline-s", type=float, default=600.0, help="longest time one run may take")
     args = parser.parse_args(arguments)
     work = args.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    command = command or default_command(work, args.ranks)
+    command = command or default_command(work, args.ranks, args.overrides)
     share = 1.0 if args.demo else args.save_share
     harness = Harness(command, work, seed=args.seed, save_share=share, deadline_s=args.deadline_s)
     result = harness.result

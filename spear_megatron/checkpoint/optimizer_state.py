@@ -7,7 +7,9 @@ place, and come back as one tensor per parameter (a shared one would count each 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +38,8 @@ def ensure_state(optimizer: Any) -> None:
 def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """Sharded state dict of a Megatron optimizer, given the sharded state dict of its model chunks. Collective."""
     ensure_state(optimizer)
-    return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=optimizer_metadata(optimizer))
+    with _short_collections():
+        return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=optimizer_metadata(optimizer))
 
 
 def load_optimizer_state(optimizer: Any, loaded: dict[Any, Any]) -> None:
@@ -76,6 +79,19 @@ def _load_plain(part: Any, state: dict[str, Any]) -> None:
     if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
         inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
     part.load_state_dict(state)
+
+
+@contextmanager
+def _short_collections() -> Iterator[None]:
+    """Let explicit ``gc.collect`` calls, which megatron-core makes, pass over every object that exists already.
+
+    Walking the objects of torch and its friends costs several times as much as saving a small model.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
