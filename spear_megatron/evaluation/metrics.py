@@ -7,10 +7,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 
+from spear_megatron.observability.intervals import check_confidence, wilson_interval
 from spear_megatron.parallel.seeds import generator
 
 MAX_EXACT_SUBSETS = 4096
@@ -100,7 +100,7 @@ def bootstrap_estimate(
     Raises:
         ValueError: ``values`` is empty or ``confidence`` is not inside (0, 1).
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     if not values:
         raise ValueError(f"{purpose} needs at least one problem, got none")
     data = torch.tensor(list(values), dtype=torch.float64)
@@ -109,24 +109,6 @@ def bootstrap_estimate(
     tail = (1.0 - confidence) / 2
     low, high = torch.quantile(data[picks].mean(dim=1), torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
     return Estimate(value=data.mean().item(), low=low, high=high, num_problems=len(values))
-
-
-def wilson_interval(rate: float, trials: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion; unlike the bootstrap it stays wide at 0 % and 100 %.
-
-    Source: Wilson (1927), JASA 22. ``trials`` may be fractional (an effective sample size).
-
-    Raises:
-        ValueError: ``rate`` is not in [0, 1], ``trials`` is not positive, or ``confidence`` is not inside (0, 1).
-    """
-    _check_confidence(confidence)
-    if not 0.0 <= rate <= 1.0 or trials <= 0:
-        raise ValueError(f"a proportion needs a rate in [0, 1] and positive trials, got {rate} of {trials}")
-    z = NormalDist().inv_cdf((1.0 + confidence) / 2)
-    spread = 1.0 + z * z / trials
-    centre = (rate + z * z / (2 * trials)) / spread
-    half = z * math.sqrt(rate * (1.0 - rate) / trials + z * z / (4 * trials * trials)) / spread
-    return (0.0 if rate == 0.0 else max(0.0, centre - half)), (1.0 if rate == 1.0 else min(1.0, centre + half))
 
 
 def success_estimate(problems: Sequence[ProblemSamples], confidence: float = 0.95) -> Estimate:
@@ -175,8 +157,3 @@ def _check_k(problem: ProblemSamples, k: int) -> None:
     if not 1 <= k <= len(problem.correct):
         count = len(problem.correct)
         raise ValueError(f"k={k} must be between 1 and the {count} samples of problem {problem.task_id!r}")
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must be inside (0, 1), got {confidence}")

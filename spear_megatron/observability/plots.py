@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Z_95 = 1.959964
+from spear_megatron.observability.intervals import wilson_interval
 
 
 class Curve(NamedTuple):
@@ -39,14 +38,6 @@ def curve(record: Sequence[Mapping[str, Any]], name: str) -> Curve:
     if len(result.low) != len(result.values):  # a band with holes misleads
         return Curve(result.steps, result.values, [], [])
     return result
-
-
-def wilson_interval(rate: float, count: float) -> tuple[float, float]:
-    """95 % score interval of a success rate over ``count`` trials (Wilson 1927)."""
-    scale = 1 + Z_95**2 / count
-    centre = (rate + Z_95**2 / (2 * count)) / scale
-    half = Z_95 * math.sqrt(max(rate * (1 - rate), 0.0) / count + Z_95**2 / (4 * count**2)) / scale
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def _band(line: Mapping[str, Any], name: str, value: float) -> tuple[float, float] | None:

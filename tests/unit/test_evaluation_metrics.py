@@ -17,8 +17,8 @@ from spear_megatron.evaluation.metrics import (
     majority_at_k,
     pass_at_k,
     success_estimate,
-    wilson_interval,
 )
+from spear_megatron.observability.intervals import wilson_interval
 
 samples = st.lists(st.sampled_from(["7", "8", "9", None]), min_size=1, max_size=7)
 

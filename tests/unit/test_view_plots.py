@@ -13,7 +13,6 @@ from spear_megatron.observability.plots import (
     held_out_names,
     save_learning_curve,
     text_chart,
-    wilson_interval,
 )
 
 
@@ -39,11 +38,6 @@ def test_bands() -> None:
     held_out = curve(record(), "val/success_rate")
     assert (held_out.steps, held_out.low, held_out.high) == ([5, 10, 15, 20], [0.4] * 4, [0.6] * 4)
     assert held_out_names(record()) == ["val/success_rate"]
-
-
-@pytest.mark.parametrize(("rate", "count", "expected"), [(0.5, 10, (0.2366, 0.7634)), (0.0, 20, (0.0, 0.1611))])
-def test_wilson_interval_against_published_values(rate: float, count: int, expected: tuple[float, float]) -> None:
-    assert wilson_interval(rate, count) == pytest.approx(expected, abs=2e-4)
 
 
 def test_png(tmp_path: Path) -> None:
