@@ -62,7 +62,7 @@ class Segment:
     Attributes:
         ids: int32 [n], prompt, model turns and inserted tokens, exactly as sampled.
         response_mask: bool [n], True on tokens that the policy sampled.
-        rollout_log_probs: float32 [n], the engine's log-prob of ``ids[t]`` given ``ids[:t]``; 0 where the mask is False.
+        rollout_log_probs: float32 [n], the engine's log-prob of ``ids[t]`` given ``ids[:t]``; 0 off the mask.
         observation_key: anchor of the observation that opened the segment (step-wise agents), else None.
     """
 
@@ -158,7 +158,7 @@ class MicroBatch:
         tokens, targets, position_ids: int64 [T]; ``targets[t]`` is the token that follows ``tokens[t]`` in its row.
         cu_seqlens: int32 [num_sequences + 1], offsets of the packed sequences; the last equals ``T``.
         loss_mask: bool [T], True where ``targets[t]`` was sampled by the policy.
-        token_weight: float32 [T], 1 / normaliser times every other constant factor (1 where unweighted, 0 off the mask).
+        token_weight: float32 [T], 1 / normaliser times every other constant factor (1: unweighted; 0 off the mask).
         advantages, old_log_probs, rollout_log_probs, ref_log_probs: float32 [T], aligned with ``targets``.
         rows: the (trajectory, segment) of each real sequence, in packed order.
     """

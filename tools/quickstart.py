@@ -1,6 +1,6 @@
 """The whole job at small scale: tiny model, cold start, reinforcement learning, evaluation, export, a look at it.
 
-``python tools/quickstart.py [--out outputs/quickstart] [--ranks 2] [key=value ...]`` runs the same commands a user would
+``python tools/quickstart.py [--out outputs/quickstart] [--ranks 2] [key=value ...]`` runs the same commands as a user
 and writes ``<out>/summary.json``.
 """
 
@@ -87,7 +87,7 @@ class Runner:
         """
         print(f"\n== {name}: {' '.join(command[1:])}", flush=True)
         start = time.perf_counter()
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
         try:
             code = subprocess.run(command, cwd=ROOT, env=environment, timeout=DEADLINE_S).returncode
         except subprocess.TimeoutExpired:
@@ -103,11 +103,13 @@ def check_plain_transformers(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    messages = [{"role": "user", "content": "Compute 12 + 30."}]
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Compute 12 + 30."}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
-    print(f"\n== plain transformers loads {folder}: {type(model).__name__}, {model.num_parameters():,} parameters; {text!r}")
+    print(f"\n== plain transformers loads {folder}: {type(model).__name__}, {model.num_parameters():,} parameters")
+    print(repr(text))
 
 
 def summarise(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
@@ -145,7 +147,8 @@ def show(out: Path, summary: dict[str, Any]) -> None:
         part = summary[name]
         low, high = (100 * bound for bound in part["ci95"])
         print(f"{name:>6}: {100 * part['success_rate']:5.1f} % solved (95 % interval {low:.1f} - {high:.1f} %)")
-    print(f"{summary['steps']} steps, {summary['seconds']['total']:.0f} s; curve in {out / 'learning_curve.png'}, model in {summary['hf_export']}")
+    print(f"{summary['steps']} steps, {summary['seconds']['total']:.0f} s")
+    print(f"curve in {out / 'learning_curve.png'}, model in {summary['hf_export']}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Options ``--config``, ``--dry-run`` and ``key=value``."""
     parser.add_argument("--config", help="YAML file that overrides the defaults")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved configuration, do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override one key, e.g. trainer.seed=1")
 
 

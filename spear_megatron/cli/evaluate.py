@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``evaluate`` to ``parser``."""
     add_config_arguments(parser)
     parser.add_argument("--model", help="Hugging Face folder to evaluate (default: actor_rollout_ref.model.path)")
-    parser.add_argument("--dataset", help="JSONL of id, problem, answer (default: data.val_files or generated problems)")
+    parser.add_argument("--dataset", help="JSONL of id, problem, answer (default: data.val_files or built-in problems)")
     parser.add_argument("--n", type=int, help="samples per problem (default: actor_rollout_ref.rollout.val_kwargs.n)")
-    parser.add_argument("--temperature", type=float, help="sampling temperature, 0 is greedy (default: val_kwargs.temperature)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: val_kwargs.temperature)")
     parser.add_argument("--top-p", type=float, help="nucleus sampling (default: val_kwargs.top_p)")
     parser.add_argument("--out", default="outputs/evaluation", help="folder for report.json and the trajectories")
 

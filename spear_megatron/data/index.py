@@ -59,6 +59,7 @@ def index_row(trajectory: Trajectory, task_id: str, owner: int) -> IndexRow:
 
 def gather_index(groups: Sequence[Group], parallel: ParallelState) -> list[IndexRow]:
     """All trajectories' rows of every leader, sorted by id: identical on every rank."""
-    own = [index_row(member, group.prompt.task_id, parallel.dp_rank) for group in groups for member in group.trajectories]
+    owner = parallel.dp_rank
+    own = [index_row(member, group.prompt.task_id, owner) for group in groups for member in group.trajectories]
     rows = [row for part in gather_objects(parallel, own) for row in part]
     return sorted(rows, key=lambda row: row.id)

@@ -37,7 +37,9 @@ class Collected:
 class Collector:
     """Runs the agent loops of this data-parallel rank's tasks on one asyncio loop that lives as long as the run."""
 
-    def __init__(self, parallel: ParallelState, run_groups: RunGroups | None, *, leaders: list[int], timeout_s: float) -> None:
+    def __init__(
+        self, parallel: ParallelState, run_groups: RunGroups | None, *, leaders: list[int], timeout_s: float
+    ) -> None:
         """``run_groups`` rolls out (tasks, own prompts) and is None on ranks that are not leaders."""
         self._parallel = parallel
         self._run_groups = run_groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from spear_megatron.data.index import IndexRow
@@ -21,7 +21,8 @@ def rollout_metrics(
         rewards, advantages: shaped reward and advantage per valid trajectory.
     """
     valid = [row for row in index if row.valid]
-    metrics = {f"stop/{reason.value}": sum(row.stop_reason is reason for row in index) / max(len(index), 1) for reason in StopReason}
+    stops = Counter(row.stop_reason for row in index)
+    metrics = {f"stop/{reason.value}": stops[reason] / max(len(index), 1) for reason in StopReason}
     metrics["training/num_trajectories"] = float(len(valid))
     metrics["training/num_groups"] = float(len({row.id.group for row in valid}))
     if not valid:

@@ -264,7 +264,7 @@ class Run:
         rewards: Mapping[TrajectoryId, float],
         advantages: Mapping[TrajectoryId, float],
     ) -> None:
-        """One line of the record; it stands before the step's checkpoint, so that a crash between them loses nothing."""
+        """One line of the record, before the step's checkpoint: a crash between them loses nothing."""
         timings = self._timer.take()
         if self.parts.trajectories is not None:
             self.parts.trajectories.write(step, collected.groups, rewards)
@@ -316,7 +316,8 @@ class Run:
         if self.trainer.save_hf and self._is_last(self.progress.step):
             self.parts.export(Path(self.trainer.default_local_dir) / "hf")
         if self.stopping:
-            self.parts.recorder.message(f"stopped by signal after step {self.progress.step}; the same command continues")
+            text = f"stopped by signal after step {self.progress.step}; the same command continues"
+            self.parts.recorder.message(text)
         self.parts.recorder.close()
 
     def _is_last(self, step: int) -> bool:

@@ -27,7 +27,7 @@ class TrainerConfig:
     async_save: bool = False
     """Write checkpoints in the background; a later step boundary completes them."""
     resume_mode: Literal["auto", "disable"] = "auto"
-    """auto: continue from the newest good checkpoint of the run directory; disable: refuse to reuse a used directory."""
+    """auto: continue from the newest good checkpoint of the run directory; disable: refuse a used directory."""
     logger: tuple[str, ...] = ("console", "tensorboard")
     """Where the record goes besides metrics.jsonl, which is always written."""
     save_hf: bool = True
@@ -57,7 +57,8 @@ class TrainerConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"trainer.{name} must be a positive number of seconds, got {getattr(self, name)}")
         if self.num_threads < 0 or self.num_logged_trajectories < 0 or self.seed < 0:
-            raise ValueError("trainer.num_threads, trainer.num_logged_trajectories and trainer.seed must not be negative")
+            names = "trainer.num_threads, trainer.num_logged_trajectories and trainer.seed"
+            raise ValueError(f"{names} must not be negative")
         unknown = set(self.logger) - {"console", "tensorboard"}
         if unknown:
             raise ValueError(f"trainer.logger knows console and tensorboard, not {sorted(unknown)}")
@@ -68,7 +69,7 @@ class SFTConfig:
     """``sft.*``: the supervised cold start."""
 
     train_files: str | None = None
-    """JSONL of chat conversations (``messages``, optional ``tools``); null takes demonstrations of the built-in tasks."""
+    """JSONL of conversations (``messages``, optional ``tools``); null takes demonstrations of the built-in tasks."""
     num_examples: int = 1024
     """Built-in demonstrations to make (ignored when train_files is given)."""
     error_rate: float = 0.0

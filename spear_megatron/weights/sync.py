@@ -18,7 +18,7 @@ def publish(named_tensors: Iterable[tuple[str, torch.Tensor | None]], engine: En
         version: policy version that tokens sampled from now on carry.
 
     Raises:
-        ValueError: the engine refused the weights. The generator is exhausted first, so that no peer of the gather waits.
+        ValueError: the engine refused the weights; the generator is exhausted first, so no peer of the gather waits.
     """
     stream = iter(named_tensors)
     try:

@@ -31,7 +31,10 @@ def _coordinates(tp: int, pp: int, vpp: int | None) -> dict[str, object]:
     return result
 
 
-@pytest.mark.parametrize(("tp", "pp", "vpp", "world"), [(1, 1, None, 2), (2, 1, None, 2), (1, 2, 2, 2), (2, 1, None, 4)])
+LAYOUTS = [(1, 1, None, 2), (2, 1, None, 2), (1, 2, 2, 2), (2, 1, None, 4)]
+
+
+@pytest.mark.parametrize(("tp", "pp", "vpp", "world"), LAYOUTS)
 def test_coordinates_and_groups(tp: int, pp: int, vpp: int | None, world: int) -> None:
     results = run_ranks(_coordinates, world, tp, pp, vpp)
     dp = world // (tp * pp)
