@@ -128,20 +128,23 @@ class Run:
         )
 
     def deal(self, collected: Collected) -> list[Row]:
-        """Rows of valid trajectories, brought to the data-parallel rank that trains on them, equal by tokens."""
+        """Rows of valid trajectories, brought to the data-parallel rank that trains on them, equal by tokens.
+
+        A row without a sampled token costs nothing, but stays: it counts where a loss is a mean over rows.
+        """
         keys: list[RowKey] = []
         costs: list[float] = []
         for row in collected.index:
             for segment, (length, sampled) in enumerate(zip(row.segment_lengths, row.sampled_lengths, strict=True)):
-                if row.valid and sampled:
+                if row.valid:
                     keys.append((row.id, segment))
-                    costs.append(float(length))
+                    costs.append(float(length) if sampled else 0.0)
         numbers = mini_batches([key[0].group for key in keys], self.settings.ppo_mini_batch_size)
         owners = assign(costs, numbers, self.parts.parallel.dp_size)
         self._mini_batch_of = dict(zip(keys, numbers, strict=True))
         self._metrics["perf/imbalance"] = imbalance(costs, owners, self.parts.parallel.dp_size)
-        rows = [row for row in group_rows(collected.groups) if row_key(row) in self._mini_batch_of]
         destination = dict(zip(keys, owners, strict=True))
+        rows = group_rows(collected.groups)
         return redistribute(rows, destination, self.parts.parallel, timeout_s=self.trainer.collective_timeout_s)
 
     @property
