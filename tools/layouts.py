@@ -1,10 +1,13 @@
-"""One training step on every parallel layout and packing, compared with one rank, as a table.
+"""One training step and the whole training loop on every parallel layout, compared with one rank, as two tables.
 
     python tools/layouts.py            # exit status 1 when any layout differs
 
-Same Hugging Face weights, same rows, fp32, policy loss with entropy bonus and KL term. Shown are the loss, the global
-gradient norm with their relative differences to one rank, and the worst gradient error |g - g0| / |g0| over all
-parameters by Hugging Face name.
+One step: same Hugging Face weights, same rows, fp32, policy loss with entropy bonus and KL term, also with other
+packings. Shown are the loss, the global gradient norm with their relative differences to one rank, and the worst
+gradient error |g - g0| / |g0| over all parameters by Hugging Face name.
+
+The loop: three steps of the command ``train`` with a tool-calling agent. Shown are in how many steps all trajectories
+are token-equal to those on one rank, and the largest difference among all recorded figures (timings aside) of all steps.
 """
 
 from __future__ import annotations
@@ -50,6 +53,22 @@ def step_table(folder: str) -> tuple[list[list[str]], bool]:
     return table, all_agree
 
 
+def loop_table(work: Path) -> tuple[list[list[str]], bool]:
+    """Rows of the table of the training loop and whether every layout agrees."""
+    from train_loop import LOOP_BASELINE, LOOP_LAYOUTS, STEPS, compare, make_agent, run_loop
+
+    folder = make_agent(work)
+    expected = run_loop(folder, work / LOOP_BASELINE.name, LOOP_BASELINE)
+    num_tokens = sum(len(ids) for step in expected.tokens.values() for rows in step.values() for ids in rows)
+    table, all_agree = [[LOOP_BASELINE.name, f"{num_tokens} tokens", f"{len(expected.metrics[1])} figures", "", ""]], True
+    for layout in LOOP_LAYOUTS:
+        result = compare(run_loop(folder, work / layout.name, layout), expected)
+        all_agree &= result.agrees
+        tokens = f"equal in {result.equal_steps} of {STEPS} steps"
+        table.append([layout.name, tokens, f"{result.error:.2f}", result.worst, "ok" if result.agrees else "DIFFERS"])
+    return table, all_agree
+
+
 def show(title: str, header: list[str], table: list[list[str]]) -> None:
     """Print aligned columns."""
     widths = [max(len(row[i]) for row in [header, *table]) for i in range(len(header))]
@@ -59,15 +78,20 @@ def show(title: str, header: list[str], table: list[list[str]]) -> None:
 
 
 def main() -> int:
-    """Print the table; 0 when every layout agrees within the tolerance."""
+    """Print the tables; 0 when every layout agrees within the tolerances."""
     from tiny import make_tiny_hf
+    from train_loop import ABSOLUTE, RELATIVE, STEPS
 
     with tempfile.TemporaryDirectory() as directory:
         folder = str(make_tiny_hf(Path(directory) / "model"))
-        table, agrees = step_table(folder)
-    header = ["layout", "loss", "rel. diff", "grad norm", "rel. diff", "worst gradient", "parameter", ""]
-    show(f"One training step against one rank (tolerance {TOLERANCE:g})", header, table)
-    return 0 if agrees else 1
+        table, steps_agree = step_table(folder)
+        header = ["layout", "loss", "rel. diff", "grad norm", "rel. diff", "worst gradient", "parameter", ""]
+        show(f"One training step against one rank (tolerance {TOLERANCE:g})", header, table)
+        table, loops_agree = loop_table(Path(directory))
+        header = ["layout", "trajectories", "largest diff", "of", ""]
+        tolerance = f"differences in units of the tolerance, {RELATIVE:g} relative + {ABSOLUTE:g}"
+        show(f"{STEPS} steps of `train` against one rank ({tolerance})", header, table)
+    return 0 if steps_agree and loops_agree else 1
 
 
 if __name__ == "__main__":

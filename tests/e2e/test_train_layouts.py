@@ -1,0 +1,38 @@
+"""The whole training loop gives the same tokens and figures in every parallel layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from train_loop import LOOP_BASELINE, LOOP_LAYOUTS, STEPS, LoopResult, compare, make_agent, run_loop
+from train_step import Layout
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_agent(tmp_path_factory.mktemp("agent"))
+
+
+@pytest.fixture(scope="module")
+def expected(agent: str, tmp_path_factory: pytest.TempPathFactory) -> LoopResult:
+    return run_loop(agent, tmp_path_factory.mktemp("one_rank"), LOOP_BASELINE)
+
+
+def test_the_run_on_one_rank_is_worth_comparing(expected: LoopResult) -> None:
+    assert sorted(expected.metrics) == sorted(expected.tokens) == list(range(1, STEPS + 1))
+    for figures in expected.metrics.values():
+        assert figures["actor/grad_norm"] > 0.01 and figures["actor/pg_clipfrac"] > 0
+        assert figures["tools/calls_mean"] > 0.5 and figures["groups/zero_variance"] < 0.5
+        assert figures["training/num_optimizer_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(layout, marks=[] if layout.name == "DP2" else pytest.mark.slow) for layout in LOOP_LAYOUTS],
+    ids=lambda layout: layout.name,
+)
+def test_a_layout_changes_nothing(agent: str, expected: LoopResult, layout: Layout, tmp_path: Path) -> None:
+    difference = compare(run_loop(agent, tmp_path, layout), expected)
+    assert difference.first_step_tokens_equal
+    assert difference.error <= 1.0, difference.worst
