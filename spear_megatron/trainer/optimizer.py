@@ -63,7 +63,11 @@ class PolicyOptimizer:
             end_wd=config.weight_decay,
             wd_incr_steps=1,
             wd_incr_style="constant",
+            # A resumed run follows the configuration it was started with now; the checkpoint gives the step count.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
+        self._bounds = (config.lr, config.min_lr)
 
     @property
     def lr(self) -> float:
@@ -92,3 +96,9 @@ class PolicyOptimizer:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self._clip_grad, total_norm=gradient_norm)
         self.megatron.step_with_ready_grads()
         self.scheduler.step(1)
+
+    def follow_configuration(self) -> None:
+        """After a checkpoint was loaded: learning rates of today's configuration at the checkpoint's step count."""
+        for group in self.megatron.param_groups:
+            group["max_lr"], group["min_lr"] = self._bounds
+        self.scheduler.step(0)

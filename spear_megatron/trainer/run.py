@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from spear_megatron.observability.record import Recorder
 from spear_megatron.observability.timing import PhaseTimer
 from spear_megatron.observability.trajectories import TrajectoryStore
 from spear_megatron.parallel.agreement import agree_any, gather_objects
+from spear_megatron.parallel.errors import RunError, named_waits
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rewards.compose import shaped_reward
 from spear_megatron.rollout.collect import Collected, Collector, Tasks
@@ -92,6 +93,7 @@ class Run:
         self._updates: list[dict[str, float]] = []
         self._mini_batch_of: dict[RowKey, int] = {}
         self._updates_done = 0
+        self._step = 0
 
     def begin(self) -> None:
         """Give the engine the current weights; before the first step, evaluate once."""
@@ -105,12 +107,15 @@ class Run:
     def remaining_steps(self) -> Iterator[int]:
         """1-based step numbers that are still to do; entering a step resets its figures."""
         for step in range(self.progress.step + 1, self.trainer.total_training_steps + 1):
-            self._metrics, self._updates, self._updates_done = {}, [], 0
+            self._metrics, self._updates, self._updates_done, self._step = {}, [], 0, step
             yield step
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Count the seconds of a phase."""
-        return self._timer.phase(name)
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of a phase, and name it when other ranks do not answer in it."""
+        where = f"rank {self.parts.parallel.rank}, step {self._step}, phase '{name}'"
+        with self._timer.phase(name), named_waits(where):
+            yield
 
     def collect(self, step: int) -> Collected:
         """This step's task groups, rolled out by the current policy."""
@@ -197,7 +202,7 @@ class Run:
         """One optimizer step; a step that is not finite is skipped everywhere, counted and saved.
 
         Raises:
-            RuntimeError: on every rank, after ``trainer.max_nonfinite_steps`` such steps in a row.
+            RunError: on every rank, after ``trainer.max_nonfinite_steps`` such steps in a row.
         """
         result = self.parts.actor.update(mini_batch, on_policy=self._updates_done == 0)
         self._updates_done += 1
@@ -213,7 +218,7 @@ class Run:
         path = self._save_batch(step, mini_batch)
         self.parts.recorder.message(f"step {step}: loss or gradient not finite, update skipped; batch saved to {path}")
         if self.progress.nonfinite_streak >= self.trainer.max_nonfinite_steps:
-            raise RuntimeError(
+            raise RunError(
                 f"{self.progress.nonfinite_streak} optimizer steps in a row were not finite (last: step {step}); "
                 f"the batches are in {path.parent}. Lower actor_rollout_ref.actor.optim.lr or inspect them"
             )
@@ -309,6 +314,7 @@ class Run:
         )
         if loaded is None:
             return None
+        actor.optimizer.follow_configuration()
         self.progress = Progress(**loaded.states["progress"])
         self.parts.prompts.load_state_dict(loaded.states["prompt_source"])
         return loaded.step

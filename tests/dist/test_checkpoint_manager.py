@@ -271,3 +271,31 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     for options in ({"keep": 0}, {"keep": 1, "min_free_factor": 0.5}):
         with pytest.raises(ValueError, match="must be at least 1"):
             CheckpointManager(tmp_path, parallel=None, **options)  # type: ignore[arg-type]
+
+
+@megatron_on_cpu()
+def _rates_after_resume(hf: Path, root: Path, lr: float) -> tuple[float, float]:
+    parallel = initialize(timeout_s=60)
+    try:
+        actor = build(hf, parallel, lr=lr)
+        manager = CheckpointManager(root, parallel=parallel, keep=2)
+        if load(manager, actor) is None:
+            for step in range(1, 6):
+                update(actor, step, parallel)
+            save(manager, 5, actor)
+        else:
+            actor.optimizer.follow_configuration()
+        now = actor.optimizer.lr
+        return now, update(actor, 6, parallel)[2]
+    finally:
+        parallel.destroy()
+
+
+def test_a_resumed_run_follows_the_learning_rate_of_its_configuration(tmp_path: Path) -> None:
+    hf = make_tiny_hf(tmp_path / "hf")
+    root = tmp_path / "checkpoints"
+    (before,) = run_ranks(_rates_after_resume, 1, hf, root, 1e-3)
+    (same,) = run_ranks(_rates_after_resume, 1, hf, root, 1e-3)
+    (half,) = run_ranks(_rates_after_resume, 1, hf, root, 5e-4)
+    assert same == before
+    assert half == pytest.approx((before[0] / 2, before[1] / 2), rel=1e-9)

@@ -26,7 +26,9 @@ Layout = tuple[int, int, int, int | None]
 """World, tensor, pipeline and virtual pipeline size."""
 
 
-def build(hf: Path, parallel: ParallelState, *, dtype: str = "fp32", sharded_optimizer: bool = True) -> Actor:
+def build(
+    hf: Path, parallel: ParallelState, *, dtype: str = "fp32", sharded_optimizer: bool = True, lr: float = 1e-3
+) -> Actor:
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     megatron = MegatronConfig(
         tensor_model_parallel_size=parallel.tp_size,
@@ -37,7 +39,7 @@ def build(hf: Path, parallel: ParallelState, *, dtype: str = "fp32", sharded_opt
     shape = ModelShape.from_folder(hf)
     chunks = build_model(shape, megatron, dtype=torch_dtype, parallel=parallel)
     load_hf_folder(chunks, shape, hf, parallel)
-    optim = OptimConfig(lr=1e-3, lr_warmup_steps=3, lr_decay_style="cosine")
+    optim = OptimConfig(lr=lr, lr_warmup_steps=3, lr_decay_style="cosine")
     optimizer = PolicyOptimizer(
         chunks, optim, dtype=torch_dtype, use_distributed_optimizer=sharded_optimizer, total_steps=20
     )
