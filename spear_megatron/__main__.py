@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program name; those of the process if None.
 
     Returns:
-        The exit code: the command's own, 2 for a user error (printed as one ``error:`` line), 130 when interrupted.
+        The exit code: the command's own; 2 for bad input and 1 for a run that could not go on, both told in one
+        ``error:`` line; 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -51,19 +52,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if args.debug or not is_user_error(error):
+        return complain("interrupted", 130)
+    except (ValueError, OSError, RuntimeError) as error:
+        if args.debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return explain(error)
 
 
-def is_user_error(error: Exception) -> bool:
-    """Whether the user can mend it: bad input or files that are missing or not accessible."""
+def explain(error: Exception) -> int:
+    """Print a failure that the user can understand as one line, once for all ranks, and return the exit code.
+
+    Raises:
+        Exception: ``error`` itself, when only a traceback can tell more.
+    """
+    from spear_megatron.parallel.errors import RunError, lost_a_peer
+
+    text = " ".join(str(error).split())
     files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-    return isinstance(error, (ValueError, *files))
+    if isinstance(error, (ValueError, *files)):
+        return complain(f"error: {text}", 2)
+    if isinstance(error, RunError):
+        return complain(f"error: {text}", 1)
+    if lost_a_peer(error):
+        return complain("error: the connection to another rank broke; the message of that rank says why", 1)
+    raise error
+
+
+def complain(text: str, code: int) -> int:
+    """Print ``text`` on standard error unless another rank did, and return ``code``."""
+    from spear_megatron.parallel.once import is_first_to_say
+
+    if is_first_to_say(text):
+        print(text, file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

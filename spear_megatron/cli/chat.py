@@ -40,7 +40,7 @@ async def converse(config: Config, temperature: float, messages: list[str] | Non
     """
     import dataclasses
 
-    from spear_megatron.cli.build import load_engine, load_renderer, max_model_len, open_environment, samplings
+    from spear_megatron.cli.agents import load_engine, load_renderer, max_model_len, open_environment, samplings
     from spear_megatron.model.shape import ModelShape
     from spear_megatron.rollout.embedded import EmbeddedEngine
 
@@ -65,7 +65,7 @@ async def answer(config: Config, text: str, number: int, **parts: Any) -> None:
     """Play one episode on ``text`` and print its turns."""
     from rich.console import Console
 
-    from spear_megatron.cli.build import episode_limits
+    from spear_megatron.cli.agents import episode_limits
     from spear_megatron.observability.view import message_panel
     from spear_megatron.parallel.seeds import derive_key
     from spear_megatron.rollout.agent_loop import run_episode

@@ -58,8 +58,10 @@ def evaluate_folder(config: Config, out: Path) -> None:
 
     Raises:
         ValueError: the dataset or the model folder cannot be used.
+        RunError: no sample could be measured.
     """
-    from spear_megatron.cli.build import build_agents, canonical_answer_of, load_engine, load_renderer, samplings, start_parallel
+    from spear_megatron.cli.agents import canonical_answer_of, load_engine, load_renderer, open_agents, samplings
+    from spear_megatron.cli.session import open_parallel
     from spear_megatron.data.prompts import load_prompts
     from spear_megatron.evaluation.run import evaluate
     from spear_megatron.model.shape import ModelShape
@@ -69,24 +71,21 @@ def evaluate_folder(config: Config, out: Path) -> None:
     model = config.actor_rollout_ref.model.path
     shape, renderer, prompts = ModelShape.from_folder(model), load_renderer(model), load_prompts(config.data, "val")
     val = config.actor_rollout_ref.rollout.val_kwargs
-    parallel = start_parallel(config)
-    agents = build_agents(config, parallel, renderer, shape)
-    assert agents.engine is not None
-    load_engine(agents.engine, model, shape)
-    _, sampling = samplings(config)
-    result = evaluate(
-        agents.collector,
-        Tasks("evaluate", 0, tuple(enumerate(prompts)), val.n, sampling),
-        parallel=parallel,
-        answer_of=canonical_answer_of,
-        name=model,
-        ks=sorted({1, val.n}),
-        seed=config.trainer.seed,
-    )
-    store = TrajectoryStore(out, config.trainer.num_logged_trajectories, renderer.decode, shard=parallel.dp_rank)
-    store.write(0, result.groups, {}, kind="val")
-    if parallel.rank == 0:
-        result.report.write_json(out / "report.json")
-        print(result.report.to_table(), flush=True)
-    agents.close()
-    parallel.destroy()
+    with open_parallel(config) as parallel, open_agents(config, parallel, renderer, shape) as agents:
+        assert agents.engine is not None
+        load_engine(agents.engine, model, shape)
+        _, sampling = samplings(config)
+        result = evaluate(
+            agents.collector,
+            Tasks("evaluate", 0, tuple(enumerate(prompts)), val.n, sampling),
+            parallel=parallel,
+            answer_of=canonical_answer_of,
+            name=model,
+            ks=sorted({1, val.n}),
+            seed=config.trainer.seed,
+        )
+        store = TrajectoryStore(out, config.trainer.num_logged_trajectories, renderer.decode, shard=parallel.dp_rank)
+        store.write(0, result.groups, {}, kind="val")
+        if parallel.rank == 0:
+            result.report.write_json(out / "report.json")
+            print(result.report.to_table(), flush=True)

@@ -11,6 +11,8 @@ from spear_megatron.cli.common import add_config_arguments, load_config
 
 if TYPE_CHECKING:
     from spear_megatron.config.schema import Config
+    from spear_megatron.data.chat import ChatRenderer
+    from spear_megatron.data.sft import SftExample
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,40 +23,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train on ``sft.train_files`` or on demonstrations of the built-in tasks, then export."""
     config = as_supervised(load_config(args))
-    from spear_megatron.cli.preflight import check_before_start, print_plan, save_resolved
+    from spear_megatron.cli.preflight import check_before_start, print_plan
 
     check_before_start(config)
     if args.dry_run:
         print_plan(config)
         return 0
-    from spear_megatron.cli.build import build_actor, load_renderer, open_recorder, start_parallel
+    fine_tune(config)
+    return 0
+
+
+def fine_tune(config: Config) -> None:
+    """Train ``sft.total_training_steps`` steps and export the model to the ``hf`` folder of the run directory.
+
+    Raises:
+        ValueError: the conversations or the model folder cannot be used.
+        RunError: the run cannot start, or a step was not finite.
+    """
+    from spear_megatron.cli.agents import load_renderer
+    from spear_megatron.cli.build import build_actor
+    from spear_megatron.cli.session import open_parallel, open_record
     from spear_megatron.data.sft import SftSource
     from spear_megatron.model.hf_export import export_hf
     from spear_megatron.model.shape import ModelShape
     from spear_megatron.trainer.sft import SupervisedRun, train_supervised
 
-    model = config.actor_rollout_ref.model
-    shape = ModelShape.from_folder(model.path)
-    examples = load_examples(config, load_renderer(model.path))
-    parallel = start_parallel(config)
-    actor, _ = build_actor(config, parallel, shape, config.actor_rollout_ref.actor.optim, config.sft.total_training_steps)
-    recorder = open_recorder(config, parallel, resume_step=None)
-    if parallel.rank == 0:
-        save_resolved(config)
-    train_supervised(
-        SupervisedRun(
-            actor=actor,
-            source=SftSource(examples, seed=config.data.seed),
-            parallel=parallel,
-            recorder=recorder,
-            batch_size=config.sft.train_batch_size,
-            total_steps=config.sft.total_training_steps,
-        )
-    )
-    export_hf(actor.chunks, shape, parallel, Path(config.sft.default_local_dir) / "hf", model.path)
-    recorder.close()
-    parallel.destroy()
-    return 0
+    folder, steps = config.actor_rollout_ref.model.path, config.sft.total_training_steps
+    optim = config.actor_rollout_ref.actor.optim
+    shape = ModelShape.from_folder(folder)
+    examples = load_examples(config, load_renderer(folder))
+    with open_parallel(config) as parallel:
+        actor, _ = build_actor(config, parallel, shape, optim, steps)
+        with open_record(config, parallel, resume_step=None) as recorder:
+            train_supervised(
+                SupervisedRun(
+                    actor=actor,
+                    source=SftSource(examples, seed=config.data.seed),
+                    parallel=parallel,
+                    recorder=recorder,
+                    batch_size=config.sft.train_batch_size,
+                    total_steps=steps,
+                )
+            )
+        export_hf(actor.chunks, shape, parallel, Path(config.sft.default_local_dir) / "hf", folder)
 
 
 def as_supervised(config: Config) -> Config:
@@ -81,12 +92,10 @@ def as_supervised(config: Config) -> Config:
     )
 
 
-def load_examples(config: Config, renderer: object) -> list:
+def load_examples(config: Config, renderer: ChatRenderer) -> list[SftExample]:
     """Tokenised conversations of ``sft.train_files``, or built-in demonstrations."""
-    from spear_megatron.data.chat import ChatRenderer
     from spear_megatron.data.sft import cold_start_conversations, encode_conversations, load_conversations
 
-    assert isinstance(renderer, ChatRenderer)
     sft = config.sft
     if sft.train_files is not None:
         conversations = load_conversations([sft.train_files])

@@ -15,22 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train until the last step; a run directory that was used before is continued."""
     config = load_config(args)
-    from spear_megatron.cli.preflight import check_before_start, print_plan, save_resolved
+    from spear_megatron.cli.preflight import check_before_start, print_plan
 
     check_before_start(config)
     if args.dry_run:
         print_plan(config)
         return 0
-    from spear_megatron.cli.build import StopFlag, build_run
+    from spear_megatron.cli.build import open_run
+    from spear_megatron.cli.session import StopFlag
     from spear_megatron.trainer.loop import train
 
     stop = StopFlag()
     stop.install()
-    built = build_run(config, stop)
-    if built.parallel.rank == 0:
-        save_resolved(config)
-    if built.resumed_from is not None:
-        built.run.parts.recorder.message(f"continuing after step {built.resumed_from}")
-    train(built.run)
-    built.close()
+    with open_run(config, stop) as run:
+        if run.progress.step:
+            run.parts.recorder.message(f"continuing after step {run.progress.step}")
+        train(run)
     return 0

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from spear_megatron.data.packing import RowKey, row_key
+from spear_megatron.parallel.errors import RunTimeout
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.types import Row, TrajectoryId
 
@@ -76,7 +77,7 @@ def exchange(
 
     Raises:
         ValueError: a destination does not exist, or a rank that is not a leader has payloads.
-        TimeoutError: peers did not take part in time; names phase and rank.
+        RunTimeout: peers did not take part in time; names phase and rank.
     """
     if payloads and not parallel.is_leader:
         raise ValueError(f"Rank {parallel.rank} is not a data-parallel leader: it must send nothing in '{phase}'.")
@@ -131,7 +132,7 @@ def _wait(work: Any, parallel: ParallelState, phase: str, deadline: timedelta) -
     try:
         work.wait(deadline)
     except RuntimeError as error:
-        raise TimeoutError(
+        raise RunTimeout(
             f"Rank {parallel.rank} (data-parallel {parallel.dp_rank}) did not finish '{phase}' within "
             f"{deadline.total_seconds():.0f} s: {error}"
         ) from error

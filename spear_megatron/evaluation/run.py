@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from spear_megatron.evaluation.metrics import ProblemSamples
 from spear_megatron.evaluation.report import EvaluationReport, evaluate_samples
 from spear_megatron.parallel.agreement import gather_objects
+from spear_megatron.parallel.errors import RunError
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rollout.collect import Collector, Tasks
 from spear_megatron.types import Group, Trajectory
@@ -38,7 +39,7 @@ def evaluate(
         ks: sizes of the @k metrics.
 
     Raises:
-        RuntimeError: a leader failed, or every sample was an infrastructure failure.
+        RunError: a leader failed, or every sample was an infrastructure failure.
     """
     collected = collector.collect(tasks)
     parts = gather_objects(parallel, [_samples(group, answer_of) for group in collected.groups])
@@ -47,7 +48,7 @@ def evaluate(
     excluded = sum(not row.valid for row in collected.index)
     if not solved:
         errors = sorted({row.error for row in collected.index if row.error})
-        raise RuntimeError(f"evaluation '{name}': no valid sample of {len(collected.index)}; errors: {errors[:3]}")
+        raise RunError(f"evaluation '{name}': no valid sample of {len(collected.index)}; errors: {errors[:3]}")
     report = evaluate_samples(name, solved, ks=ks, seed=seed, num_excluded=excluded)
     return Evaluation(report, collected.groups)
 

@@ -33,7 +33,7 @@ class Decoder:
 
     Raises:
         ValueError: sizes that are not positive, or an instruction set that this processor lacks.
-        RuntimeError: the compiled kernels are not built; says how to build them.
+        RunError: the compiled kernels are not built; says how to build them.
     """
 
     def __init__(

@@ -8,6 +8,8 @@ import warnings
 from types import ModuleType
 from typing import Any
 
+from spear_megatron.parallel.errors import RunError
+
 BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
 
 
@@ -25,10 +27,10 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def compiled_module() -> ModuleType:
-    """The module spear_megatron._C. Raises RuntimeError with the build command when it is missing or broken."""
+    """The module spear_megatron._C. Raises RunError with the build command when it is missing or broken."""
     module, reason = _load()
     if module is None:
-        raise RuntimeError(reason)
+        raise RunError(reason)
     return module
 
 

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from spear_megatron.kernels import logprobs_compiled, logprobs_eager
 from spear_megatron.kernels.extension import missing_reason, warn_slow_path
 from spear_megatron.kernels.softmax_stats import VocabShard, merge_stats
+from spear_megatron.parallel.errors import RunError
 
 IMPLEMENTATIONS = ("auto", "compiled", "eager")
 
@@ -58,7 +59,7 @@ def token_logprobs(
 
     Raises:
         ValueError: shapes, dtypes, strides or values outside of what is described above.
-        RuntimeError: ``implementation="compiled"`` and the compiled kernels are missing or do not fit.
+        RunError: ``implementation="compiled"`` and the compiled kernels are missing or do not fit.
     """
     _check(logits, targets, temperature, implementation)
     world = dist.get_world_size(group) if group is not None else 1
@@ -111,7 +112,7 @@ def _backend(logits: Tensor, implementation: str) -> ModuleType:
     if not unfit:
         return logprobs_compiled
     if implementation == "compiled":
-        raise RuntimeError(unfit)
+        raise RunError(unfit)
     warn_slow_path(unfit)
     return logprobs_eager
 

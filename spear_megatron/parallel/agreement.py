@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from spear_megatron.parallel.errors import RunError, RunTimeout
 from spear_megatron.parallel.state import ParallelState
 
 T = TypeVar("T")
@@ -22,11 +24,31 @@ def agree_ok(parallel: ParallelState, phase: str, error: str | None) -> None:
     """Raise the same error on every rank when any rank reports one.
 
     Raises:
-        RuntimeError: names the phase and the failing ranks with their messages.
+        RunError: names the phase and the failing ranks with their messages.
     """
-    failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(parallel, error)) if text is not None]
-    if failures:
-        raise RuntimeError(f"{phase} failed on {len(failures)} rank(s). " + "; ".join(failures))
+    ranks_of: dict[str, list[int]] = {}
+    for rank, text in enumerate(gather_objects(parallel, error)):
+        if text is not None:
+            ranks_of.setdefault(text, []).append(rank)
+    if ranks_of:
+        reasons = "; ".join(f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in ranks_of.items())
+        raise RunError(f"{phase} failed. {reasons}")
+
+
+@contextlib.contextmanager
+def agreed(parallel: ParallelState, phase: str) -> Iterator[None]:
+    """Run a body without collectives on every rank; when it fails on any of them, all raise, so that none waits.
+
+    Raises:
+        RunError: as :func:`agree_ok`; a process alone lets its own error through.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        if parallel.world_size > 1:
+            agree_ok(parallel, phase, str(error))
+        raise
+    agree_ok(parallel, phase, None)
 
 
 def agree_any(parallel: ParallelState, flag: bool) -> bool:
@@ -65,7 +87,7 @@ def wait_for_leaders(parallel: ParallelState, phase: str, leaders: list[int], ti
     """Wait, outside any collective, until every leader has finished ``phase``.
 
     Raises:
-        TimeoutError: names the phase, the leader and what was last heard of it.
+        RunTimeout: names the phase, the leader and what was last heard of it.
     """
     start = time.time()
     for leader in leaders:
@@ -74,7 +96,7 @@ def wait_for_leaders(parallel: ParallelState, phase: str, leaders: list[int], ti
             now = time.time()
             heard = float(parallel.store.get(f"{key}/beat")) if parallel.store.check([f"{key}/beat"]) else start
             if now - start > timeout_s or now - heard > HEARTBEAT_LOST_S:
-                raise TimeoutError(
+                raise RunTimeout(
                     f"rank {parallel.rank} waited {now - start:.0f} s in phase '{phase}' for rank {leader}, "
                     f"last heard of {now - heard:.0f} s ago"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -51,8 +52,8 @@ class Collector:
         """Roll out every task somewhere and return this leader's groups with the common index.
 
         Raises:
-            RuntimeError: on every rank, when any leader failed; names phase, ranks and messages.
-            TimeoutError: a leader stayed silent beyond the deadline.
+            RunError: on every rank, when any leader failed; names phase, ranks and messages.
+            RunTimeout: a leader stayed silent beyond the deadline.
         """
         phase = f"collect/{tasks.purpose}/{tasks.step}"
         groups: list[Group] = []
@@ -74,9 +75,10 @@ class Collector:
 
     def close(self, *closers: Callable[[], Awaitable[None]]) -> None:
         """Close the engine and the sandbox on their own loop, then the loop."""
-        for closer in closers:
-            self._runner.run(_await(closer))
-        self._runner.close()
+        with contextlib.ExitStack() as stack:  # each runs though an earlier one failed
+            stack.callback(self._runner.close)
+            for closer in reversed(closers):
+                stack.callback(lambda call: self._runner.run(_await(call)), closer)
 
 
 async def _await(closer: Callable[[], Awaitable[None]]) -> None:

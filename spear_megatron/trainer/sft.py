@@ -10,6 +10,7 @@ from spear_megatron.data.rows import conversation_row
 from spear_megatron.data.sft import SftSource
 from spear_megatron.observability.record import Recorder
 from spear_megatron.observability.timing import PhaseTimer
+from spear_megatron.parallel.errors import RunError
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.trainer.actor import Actor
 from spear_megatron.types import Row
@@ -31,7 +32,7 @@ def train_supervised(run: SupervisedRun) -> float:
     """Masked cross-entropy for ``total_steps`` optimizer steps; returns the last step's loss in nats per token.
 
     Raises:
-        RuntimeError: loss or gradient was not finite.
+        RunError: loss or gradient was not finite.
     """
     timer = PhaseTimer()
     loss = float("nan")
@@ -42,7 +43,7 @@ def train_supervised(run: SupervisedRun) -> float:
         with timer.phase("update_actor"):
             result = run.actor.sft_update(own_share(rows, run.parallel))
         if result.skipped is not None:
-            raise RuntimeError(f"supervised step {step} was skipped ({result.skipped}): lower sft.lr or check the data")
+            raise RunError(f"supervised step {step} was skipped ({result.skipped}): lower sft.lr or check the data")
         loss = result.metrics["sft/loss"]
         run.recorder.write(step, {**result.metrics, **timer.take()})
     return loss

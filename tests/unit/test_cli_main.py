@@ -74,6 +74,18 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["train", "--debug"])
 
 
+def test_a_run_that_cannot_go_on_says_why_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spear_megatron.checkpoint.errors import CheckpointError
+    from spear_megatron.parallel.errors import RunTimeout
+
+    for error in (CheckpointError("disk is\n full"), RunTimeout("disk is full")):
+        command_module(monkeypatch, error)
+        assert main(["train"]) == 1
+        assert capsys.readouterr().err == "error: disk is full\n"
+
+
 @pytest.mark.parametrize("error", [RuntimeError("broken"), ConnectionResetError("peer"), OSError("disk")])
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     command_module(monkeypatch, error)

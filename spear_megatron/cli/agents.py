@@ -1,0 +1,155 @@
+"""From the resolved configuration to what a data-parallel leader rolls out with."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from spear_megatron.config.schema import Config
+from spear_megatron.data.chat import ChatRenderer
+from spear_megatron.environments.protocol import Reward, final_text
+from spear_megatron.environments.registry import EnvironmentFactory, environment_factory, needs_sandbox
+from spear_megatron.environments.sandbox.factory import open_sandbox
+from spear_megatron.environments.sandbox.protocol import Sandbox
+from spear_megatron.model.hf_folder import HFWeights
+from spear_megatron.model.shape import ModelShape
+from spear_megatron.parallel.agreement import agreed, gather_objects
+from spear_megatron.parallel.state import ParallelState
+from spear_megatron.rewards.answers import canonical_answer
+from spear_megatron.rewards.registry import build_reward
+from spear_megatron.rollout.agent_loop import EpisodeLimits
+from spear_megatron.rollout.collect import Collector, RunGroups, Tasks
+from spear_megatron.rollout.embedded import EmbeddedEngine
+from spear_megatron.rollout.engine import Engine, SamplingParams
+from spear_megatron.rollout.scheduler import EpisodeRunner, collect_groups
+from spear_megatron.types import Group, Prompt, Trajectory
+
+
+def load_renderer(folder: str | Path) -> ChatRenderer:
+    """Chat rendering with the tokenizer of a Hugging Face folder.
+
+    Raises:
+        ValueError: the folder has no usable tokenizer or chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return ChatRenderer(AutoTokenizer.from_pretrained(str(folder)))
+    except (OSError, KeyError) as error:
+        remedy = "copy the model's tokenizer files there"
+        raise ValueError(f"{folder} has no usable tokenizer ({error}); {remedy}") from error
+
+
+def max_model_len(config: Config) -> int:
+    """Tokens that one segment may hold."""
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    return config.actor_rollout_ref.rollout.max_model_len or longest
+
+
+def episode_limits(config: Config) -> EpisodeLimits:
+    """Bounds of one episode."""
+    rollout = config.actor_rollout_ref.rollout
+    return EpisodeLimits(
+        max_turns=rollout.multi_turn.max_assistant_turns,
+        max_prompt_length=config.data.max_prompt_length,
+        max_response_length=config.data.max_response_length,
+        max_model_len=max_model_len(config),
+        max_tool_response_length=rollout.multi_turn.max_tool_response_length,
+    )
+
+
+def samplings(config: Config) -> tuple[SamplingParams, SamplingParams]:
+    """Sampling of training and of evaluation."""
+    rollout = config.actor_rollout_ref.rollout
+    train = SamplingParams(max_new_tokens=config.data.max_response_length, temperature=rollout.temperature)
+    val = rollout.val_kwargs
+    return train, replace(train, temperature=val.temperature, top_p=val.top_p, top_k=val.top_k)
+
+
+def open_environment(config: Config) -> tuple[EnvironmentFactory, Sandbox | None]:
+    """The environment's factory, and the sandbox that its episodes share if they run code."""
+    sandbox = open_sandbox(config.env.sandbox) if needs_sandbox(config.env) else None
+    return environment_factory(config.env, sandbox), sandbox
+
+
+def load_engine(engine: Engine, folder: str | Path, shape: ModelShape) -> None:
+    """Fill an engine with the weights of a Hugging Face folder, one tensor at a time."""
+    with HFWeights.open(folder, shape) as weights:
+        engine.update_weights(((name, weights.read(name)) for name in shape.parameter_shapes()), 0)
+
+
+def canonical_answer_of(trajectory: Trajectory) -> str | None:
+    """Final answer of a trajectory, for majority votes."""
+    return canonical_answer(final_text(trajectory.messages))
+
+
+@dataclass
+class Agents:
+    """What a data-parallel leader rolls out with; on other ranks everything is None and only ``collector`` is used."""
+
+    collector: Collector
+    engine: Engine | None = None
+    sandbox: Sandbox | None = None
+    reward: Reward | None = None
+
+    def close(self) -> None:
+        """Stop engine, sandbox and answer checkers."""
+        with contextlib.ExitStack() as stack:  # each is closed though an earlier one failed
+            stack.callback(getattr(self.reward, "close", lambda: None))
+            stack.callback(self.collector.close, *(part.close for part in (self.engine, self.sandbox) if part))
+
+
+@contextlib.contextmanager
+def open_agents(
+    config: Config, parallel: ParallelState, renderer: ChatRenderer, shape: ModelShape
+) -> Iterator[Agents]:
+    """Engine, sandbox, environment and reward on every leader, and the collector on every rank.
+
+    Raises:
+        ValueError: a name in env.* or reward.* cannot be resolved, or no sandbox works here.
+        RunError: the same of some rank, on all of several.
+    """
+    leaders = [rank for rank, leads in enumerate(gather_objects(parallel, parallel.is_leader)) if leads]
+    collector = functools.partial(
+        Collector, parallel, leaders=leaders, timeout_s=config.trainer.collect_timeout_s
+    )
+    with agreed(parallel, "start of the agents"):
+        agents = _leader_agents(config, renderer, shape, collector) if parallel.is_leader else Agents(collector(None))
+    try:
+        yield agents
+    finally:
+        agents.close()
+
+
+def _leader_agents(
+    config: Config, renderer: ChatRenderer, shape: ModelShape, collector: Callable[[RunGroups], Collector]
+) -> Agents:
+    rollout = config.actor_rollout_ref.rollout
+    make_environment, sandbox = open_environment(config)
+    engine = EmbeddedEngine(shape, max_num_seqs=rollout.max_num_seqs, max_model_len=max_model_len(config))
+    reward = build_reward(config.reward)
+
+    async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
+        runner = EpisodeRunner(
+            engine=engine,
+            renderer=renderer,
+            environment_factory=make_environment,
+            reward=reward,
+            limits=episode_limits(config),
+            sampling=tasks.sampling,
+            seed=config.trainer.seed,
+            purpose=tasks.purpose,
+        )
+        return await collect_groups(
+            own,
+            run=runner,
+            step=tasks.step,
+            num_samples=tasks.num_samples,
+            max_concurrency=2 * rollout.max_num_seqs,
+            deadline_s=config.trainer.collect_timeout_s,
+        )
+
+    return Agents(collector(run_groups), engine, sandbox, reward)
