@@ -34,7 +34,7 @@ from spear_megatron.weights.sync import publish
 def build_actor(
     config: Config, parallel: ParallelState, shape: ModelShape, optim: OptimConfig, total_steps: int
 ) -> tuple[Actor, Reference | None]:
-    """The policy with the weights of ``actor_rollout_ref.model.path`` and its optimizer, the reference for a KL term."""
+    """The policy with the weights of ``actor_rollout_ref.model.path``, its optimizer, the reference for a KL term."""
     settings, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     chunks = build_model(shape, settings.megatron, dtype=model.torch_dtype, parallel=parallel, kernels=settings.kernels)
     load_hf_folder(chunks, shape, model.path, parallel)
@@ -91,8 +91,8 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
     val_prompts = load_prompts(config.data, "val") if validates else []
     with contextlib.ExitStack() as stack:
         parallel = stack.enter_context(open_parallel(config))
-        checkpoints = open_checkpoints(config, parallel)
         agents = stack.enter_context(open_agents(config, parallel, renderer, shape))
+        checkpoints = open_checkpoints(config, parallel)
         optim = config.actor_rollout_ref.actor.optim
         actor, reference = build_actor(config, parallel, shape, optim, num_optimizer_steps(config))
         parts = Parts(
