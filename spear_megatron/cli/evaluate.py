@@ -27,9 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sample, score, print the table and write ``report.json``."""
     config = as_evaluation(load_config(args), args)
-    from spear_megatron.cli.preflight import check_before_start, print_plan
+    from spear_megatron.cli.preflight import check_agents, check_before_start, print_plan
 
     check_before_start(config)
+    check_agents(config)
     if args.dry_run:
         print_plan(config)
         return 0

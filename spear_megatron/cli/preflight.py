@@ -25,6 +25,19 @@ def check_before_start(config: Config) -> None:
     check_config(config, ModelShape.from_folder(path), world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def check_agents(config: Config) -> None:
+    """Find the environment and the reward, for commands that roll out.
+
+    Raises:
+        ValueError: one of them is not there or does not take its arguments; names the key.
+    """
+    from spear_megatron.environments.registry import check_environment_settings
+    from spear_megatron.rewards.registry import check_reward_settings
+
+    check_environment_settings(config.env)
+    check_reward_settings(config.reward)
+
+
 def print_plan(config: Config) -> None:
     """The resolved configuration as YAML and what follows from it, as comments."""
     from spear_megatron.config.describe import to_yaml

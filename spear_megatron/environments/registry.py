@@ -23,6 +23,13 @@ def needs_sandbox(config: EnvironmentConfig) -> bool:
     return bool(getattr(resolve_target(config.name, ENVIRONMENTS, key="env"), "needs_sandbox", False))
 
 
+def check_environment_settings(config: EnvironmentConfig) -> None:
+    """ValueError unless ``env.name`` can be resolved and ``env.kwargs`` fit it; starts nothing."""
+    target = resolve_target(config.name, ENVIRONMENTS, key="env")
+    shared = {"sandbox": None} if needs_sandbox(config) else {}
+    check_arguments(target, {**config.kwargs, **shared}, key="env")
+
+
 def environment_factory(config: EnvironmentConfig, sandbox: Sandbox | None = None) -> EnvironmentFactory:
     """A function that makes the environment of one episode.
 

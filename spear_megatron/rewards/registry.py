@@ -31,6 +31,11 @@ class RewardConfig:
             raise ValueError(f"reward.name is empty: use one of {', '.join(REWARDS)} or 'module:attribute'")
 
 
+def check_reward_settings(config: RewardConfig) -> None:
+    """ValueError unless ``reward.name`` can be resolved and ``reward.kwargs`` fit it; makes nothing."""
+    check_arguments(resolve_target(config.name, REWARDS, key="reward"), config.kwargs, key="reward")
+
+
 def build_reward(config: RewardConfig) -> Reward:
     """The reward that the configuration names.
 
