@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,11 @@ def run(args: argparse.Namespace) -> int:
     settings = folder / "config.yaml"
     overrides = [f"actor_rollout_ref.model.path={model}"]
     config = load(Config, settings if settings.is_file() else None, overrides)
-    asyncio.run(converse(config, args.temperature, args.message))
+    converse(config, args.temperature, args.message)
     return 0
 
 
-async def converse(config: Config, temperature: float, messages: list[str] | None) -> None:
+def converse(config: Config, temperature: float, messages: list[str] | None) -> None:
     """One episode per message, shown turn by turn.
 
     Raises:
@@ -52,13 +53,15 @@ async def converse(config: Config, temperature: float, messages: list[str] | Non
     make_environment, sandbox = open_environment(config)
     sampling = dataclasses.replace(samplings(config)[1], temperature=temperature)
     parts = {"engine": engine, "renderer": renderer, "sampling": sampling}
-    try:
-        for number, text in enumerate(messages if messages is not None else _typed()):
-            await answer(config, text + config.data.instruction, number, environment=make_environment(), **parts)
-    finally:
-        await engine.close()
-        if sandbox is not None:
-            await sandbox.close()
+    with asyncio.Runner() as runner:  # the loop runs during an episode only, so that Ctrl-C reaches the prompt
+        try:
+            for number, text in enumerate(messages if messages is not None else _typed()):
+                asked = text + config.data.instruction
+                runner.run(answer(config, asked, number, environment=make_environment(), **parts))
+        finally:
+            runner.run(engine.close())
+            if sandbox is not None:
+                runner.run(sandbox.close())
 
 
 async def answer(config: Config, text: str, number: int, **parts: Any) -> None:
@@ -88,7 +91,7 @@ async def answer(config: Config, text: str, number: int, **parts: Any) -> None:
     console.print(f"[dim]{trajectory.stop_reason.value}{': ' + trajectory.error if trajectory.error else ''}[/dim]")
 
 
-def _typed() -> Any:
+def _typed() -> Iterator[str]:
     while True:
         try:
             text = input("you> ").strip()
