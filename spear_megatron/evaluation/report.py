@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from spear_megatron.evaluation.metrics import (
     pass_at_k,
     success_estimate,
 )
+from spear_megatron.observability.files import write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -56,9 +56,7 @@ class EvaluationReport:
     def write_json(self, path: Path) -> None:
         """Write ``to_json()`` to ``path``; a reader never sees half a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n")
-        os.replace(temporary, path)
+        write_atomically(path, (json.dumps(self.to_json(), indent=2) + "\n").encode())
 
     def to_table(self) -> str:
         """Plain-text table: one line per metric and data source, in percent."""

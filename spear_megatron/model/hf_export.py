@@ -15,6 +15,7 @@ import torch
 from spear_megatron.model.hf_folder import INDEX_NAME, SINGLE_NAME
 from spear_megatron.model.hf_io import iter_hf_tensors
 from spear_megatron.model.shape import ModelShape
+from spear_megatron.observability.files import sync_path
 from spear_megatron.parallel.agreement import gather_objects
 from spear_megatron.parallel.state import ParallelState
 
@@ -151,18 +152,10 @@ def _write_shards(tensors: Iterator[tuple[str, torch.Tensor | None]], shards: li
 
 def _put_in_place(partial: Path, out_dir: Path) -> None:
     for file in [*partial.rglob("*"), partial]:
-        _sync(file)
+        sync_path(file)
     old = out_dir.with_name(f".{out_dir.name}.old-{os.getpid()}")
     if out_dir.exists():
         out_dir.rename(old)
     partial.rename(out_dir)
-    _sync(out_dir.parent)
+    sync_path(out_dir.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spear_megatron.observability.console import ConsoleLog
-from spear_megatron.observability.files import sync_folder, write_atomically
+from spear_megatron.observability.files import sync_path, write_atomically
 from spear_megatron.observability.schema import HEADER_KEYS, SCHEMA_VERSION, check_names
 
 RECORD_NAME = "metrics.jsonl"
@@ -77,7 +77,7 @@ class RunRecorder:
         self._path = self._run_dir / RECORD_NAME
         self._last_step = self._prepare(resume_step)
         self._stream = self._path.open("ab")
-        sync_folder(self._run_dir)
+        sync_path(self._run_dir)
         self._tensorboard = self._open_tensorboard(resume_step) if "tensorboard" in loggers else None
         self._console = ConsoleLog(total_steps, self._last_step) if "console" in loggers else None
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from spear_megatron.observability.files import sync_folder, write_atomically
+from spear_megatron.observability.files import sync_path, write_atomically
 from spear_megatron.types import Group, Prompt, RewardParts, Segment, StopReason, Trajectory, TrajectoryId
 
 SCHEMA_VERSION = 1
@@ -90,7 +90,7 @@ class TrajectoryStore:
             match = _FILE_NAME.fullmatch(path.name)
             if match and int(match[2]) == self._shard and int(match[1]) > step:
                 path.unlink()
-                sync_folder(path.parent)
+                sync_path(path.parent)
 
 
 def evenly_spaced(count: int, limit: int) -> list[int]:
