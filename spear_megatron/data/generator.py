@@ -169,7 +169,7 @@ def _multiple_sum(step: int, limit: int) -> int:
 FAMILIES: tuple[Family, ...] = (
     Family("add2", 1, _digits(2, 2), "What is {} + {}?", "print({} + {})", lambda a, b: a + b),
     Family("sub2", 1, _digits(2, 2), "What is {} - {}?", "print({} - {})", lambda a, b: a - b),
-    Family("mul1", 1, _digits(2, 1), "What is {} * {}?", "print({} * {})", lambda a, b: a * b),
+    Family("mul1", 1, _digits(3, 1), "What is {} * {}?", "print({} * {})", lambda a, b: a * b),
     Family("add3", 2, _digits(3, 3), "What is {} + {}?", "print({} + {})", lambda a, b: a + b),
     Family("sub3", 2, _digits(3, 3), "What is {} - {}?", "print({} - {})", lambda a, b: a - b),
     Family("mul2", 2, _digits(2, 2), "What is {} * {}?", "print({} * {})", lambda a, b: a * b),
