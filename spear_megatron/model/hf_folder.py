@@ -80,7 +80,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}: save the model as safetensors")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index} must be a JSON object with a weight_map of tensor names to file names") from None
     for name in names:
         if not isinstance(name, str) or not (folder / name).is_file():

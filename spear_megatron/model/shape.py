@@ -73,7 +73,7 @@ class ModelShape:
             config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{file} does not exist: give a model folder in Hugging Face format") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}")
@@ -214,7 +214,7 @@ def _flag(config: Mapping[str, Any], key: str) -> bool:
 
 def _integer(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{key} must be a positive integer, got {value!r}")
     return value
 
