@@ -238,7 +238,8 @@ def bad_conversation(rng: random.Random) -> bytes:
     else:
         calls: list[Any] = [None, 1, "x", [], {}, {"function": 3}, {"function": {}}, {"function": {"name": 3}},
                             {"name": "f"}, {"name": "f", "arguments": "{"}, {"name": "f", "arguments": "[1]"},
-                            {"name": "f", "arguments": [1]}, {"function": {"name": "f", "arguments": None}}]  # fmt: skip
+                            {"name": "f", "arguments": [1]},
+                            {"function": {"name": "f", "arguments": None}}]  # fmt: skip
         messages[1]["tool_calls"] = rng.choice([[rng.choice(calls)], [CALL, rng.choice(calls)], "x", {"a": 1}, 3])
     return json.dumps(row).encode()
 
@@ -355,7 +356,8 @@ def test_weights(model: Path, tmp_path: Path) -> None:
         folder.mkdir()
         if rng.random() < 0.1:
             text = rng.choice(["[]", "{", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}',
-                               '{"weight_map": {"a": "gone.safetensors"}}', '{"weight_map": []}', "[" * 100_000])  # fmt: skip
+                               '{"weight_map": {"a": "gone.safetensors"}}', '{"weight_map": []}',
+                               "[" * 100_000])  # fmt: skip
             (folder / INDEX_NAME).write_text(text)
             culprit = INDEX_NAME
         else:
