@@ -23,7 +23,7 @@ _MAX_MISSES = 2_000  # draws without a new problem after which a level counts as
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """``program`` prints ``answer``; ``wrong_program`` is a plausible slip of it and prints ``wrong_answer``."""
+    """``program`` prints ``answer``; ``wrong_program`` misreads the operation and prints ``wrong_answer``, another number."""
 
     id: str
     text: str
@@ -37,7 +37,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A kind of problem: how to draw its numbers, the question and the program about them, and the right result."""
+    """A kind of problem: how to draw its numbers, the question, the right program and its result.
+
+    ``slip`` is the program of someone who misread the operation, and ``slip_solve`` what it prints.
+    """
 
     name: str
     level: int
@@ -45,6 +48,8 @@ class Family:
     question: str
     program: str
     solve: Callable[..., int]
+    slip: str
+    slip_solve: Callable[..., int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,38 +117,20 @@ def split_of(text: str) -> Split:
 
 def _draw_problem(rng: Random, family: Family) -> Problem:
     numbers = family.draw(rng)
+    while family.slip_solve(*numbers) == family.solve(*numbers):
+        numbers = family.draw(rng)
     text = family.question.format(*numbers)
     digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-    slipped = _slip(rng, family, numbers)
     return Problem(
         id=f"{family.name}-{digest}",
         text=text,
         answer=family.solve(*numbers),
         program=family.program.format(*numbers),
-        wrong_program=family.program.format(*slipped),
-        wrong_answer=family.solve(*slipped),
+        wrong_program=family.slip.format(*numbers),
+        wrong_answer=family.slip_solve(*numbers),
         level=family.level,
         family=family.name,
     )
-
-
-def _slip(rng: Random, family: Family, numbers: tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers with one digit of one of them replaced, so that the result differs where a few tries find such."""
-    answer = family.solve(*numbers)
-    for _ in range(20):
-        which = rng.randrange(len(numbers))
-        slipped = tuple(change_digit(rng, number) if i == which else number for i, number in enumerate(numbers))
-        if family.solve(*slipped) != answer:
-            break
-    return slipped
-
-
-def change_digit(rng: Random, number: int) -> int:
-    """``number`` with one decimal digit replaced by another; the leading digit stays above 0."""
-    sign, digits = (-1, str(-number)) if number < 0 else (1, str(number))
-    place = rng.randrange(len(digits))
-    choices = [digit for digit in "0123456789" if digit != digits[place] and (digit != "0" or place > 0)]
-    return sign * int(digits[:place] + rng.choice(choices) + digits[place + 1 :])
 
 
 def _digits(*lengths: int) -> Callable[[Random], tuple[int, ...]]:
@@ -166,41 +153,73 @@ def _multiple_sum(step: int, limit: int) -> int:
     return sum(range(step, limit + 1, step))
 
 
+def _add(a: int, b: int) -> int:
+    return a + b
+
+
+def _subtract(a: int, b: int) -> int:
+    return a - b
+
+
+def _multiply(a: int, b: int) -> int:
+    return a * b
+
+
+def _remainder(a: int, b: int) -> int:
+    return a % b
+
+
+def _quotient(a: int, b: int) -> int:
+    return a // b
+
+
+_ADD = ("print({} + {})", _add)
+_SUBTRACT = ("print({} - {})", _subtract)
+_MULTIPLY = ("print({} * {})", _multiply)
+_REMAINDER = ("print({} % {})", _remainder)
+_QUOTIENT = ("print({} // {})", _quotient)
+_GCD = ("import math\nprint(math.gcd({}, {}))", math.gcd)
+_LCM = ("import math\nprint(math.lcm({}, {}))", math.lcm)
+
 FAMILIES: tuple[Family, ...] = (
-    Family("add2", 1, _digits(2, 2), "What is {} + {}?", "print({} + {})", lambda a, b: a + b),
-    Family("sub2", 1, _digits(2, 2), "What is {} - {}?", "print({} - {})", lambda a, b: a - b),
-    Family("mul1", 1, _digits(3, 1), "What is {} * {}?", "print({} * {})", lambda a, b: a * b),
-    Family("add3", 2, _digits(3, 3), "What is {} + {}?", "print({} + {})", lambda a, b: a + b),
-    Family("sub3", 2, _digits(3, 3), "What is {} - {}?", "print({} - {})", lambda a, b: a - b),
-    Family("mul2", 2, _digits(2, 2), "What is {} * {}?", "print({} * {})", lambda a, b: a * b),
-    Family("mod", 2, _digits(3, 2), "What is {} modulo {}?", "print({} % {})", lambda a, b: a % b),
+    Family("add2", 1, _digits(2, 2), "What is {} + {}?", *_ADD, *_SUBTRACT),
+    Family("sub2", 1, _digits(2, 2), "What is {} - {}?", *_SUBTRACT, *_ADD),
+    Family("mul1", 1, _digits(3, 1), "What is {} * {}?", *_MULTIPLY, *_ADD),
+    Family("add3", 2, _digits(3, 3), "What is {} + {}?", *_ADD, *_SUBTRACT),
+    Family("sub3", 2, _digits(3, 3), "What is {} - {}?", *_SUBTRACT, *_ADD),
+    Family("mul2", 2, _digits(2, 2), "What is {} * {}?", *_MULTIPLY, *_ADD),
+    Family("mod", 2, _digits(3, 2), "What is {} modulo {}?", *_REMAINDER, *_QUOTIENT),
     Family(
-        "expr3", 3, _digits(2, 2, 2), "What is ({} + {}) * {}?", "print(({} + {}) * {})", lambda a, b, c: (a + b) * c
+        "expr3", 3, _digits(2, 2, 2), "What is ({} + {}) * {}?",
+        "print(({} + {}) * {})", lambda a, b, c: (a + b) * c,
+        "print({} + {} * {})", lambda a, b, c: a + b * c,
     ),
     Family(
-        "expr4", 3, _digits(2, 2, 2, 2), "What is {} * {} - {} * {}?", "print({} * {} - {} * {})",
-        lambda a, b, c, d: a * b - c * d,
+        "expr4", 3, _digits(2, 2, 2, 2), "What is {} * {} - {} * {}?",
+        "print({} * {} - {} * {})", lambda a, b, c, d: a * b - c * d,
+        "print({} * ({} - {}) * {})", lambda a, b, c, d: a * (b - c) * d,
     ),
-    Family("div", 3, _digits(4, 2), "What is the quotient of {} by {}?", "print({} // {})", lambda a, b: a // b),
+    Family("div", 3, _digits(4, 2), "What is the quotient of {} by {}?", *_QUOTIENT, *_REMAINDER),
+    Family("gcd", 4, _multiples, "Find the greatest common divisor of {} and {}.", *_GCD, *_LCM),
+    Family("lcm", 4, _multiples, "Find the least common multiple of {} and {}.", *_LCM, *_GCD),
     Family(
-        "gcd", 4, _multiples, "Find the greatest common divisor of {} and {}.",
-        "import math\nprint(math.gcd({}, {}))", math.gcd,
+        "digitsum", 4, _digits(3, 3), "Find the digit sum of {} * {}.",
+        "print(sum(map(int, str({} * {}))))", lambda a, b: sum(map(int, str(a * b))),
+        "print(sum(map(int, str({} + {}))))", lambda a, b: sum(map(int, str(a + b))),
     ),
     Family(
-        "lcm", 4, _multiples, "Find the least common multiple of {} and {}.",
-        "import math\nprint(math.lcm({}, {}))", math.lcm,
+        "modpow", 5, _digits(2, 3, 2), "Find {} to the power {} modulo {}.", "print(pow({}, {}, {}))", pow,
+        "print({} * {} % {})", lambda a, b, m: a * b % m,
     ),
-    Family(
-        "digitsum", 4, _digits(3, 3), "Find the digit sum of {} * {}.", "print(sum(map(int, str({} * {}))))",
-        lambda a, b: sum(map(int, str(a * b))),
-    ),
-    Family("modpow", 5, _digits(2, 3, 2), "Find {} to the power {} modulo {}.", "print(pow({}, {}, {}))", pow),
     Family(
         "divisors", 5, _digits(3), "How many divisors has {}?",
         "n = {}\nprint(sum(n % d == 0 for d in range(1, n + 1)))", _divisors,
+        "n = {}\nprint(sum(n % d == 0 for d in range(1, n)))", lambda n: _divisors(n) - 1,
     ),
     Family(
         "multiples", 5, _digits(1, 3), "Find the sum of the multiples of {} up to {}.",
         "step, limit = {}, {}\nprint(sum(range(step, limit + 1, step)))", _multiple_sum,
+        "step, limit = {}, {}\nprint(sum(range(step, limit - step + 1, step)))",
+        lambda step, limit: _multiple_sum(step, limit - step),
     ),
 )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from spear_megatron.data.chat import ChatRenderer
-from spear_megatron.data.generator import GeneratorConfig, Problem, change_digit, generate_problems
+from spear_megatron.data.generator import GeneratorConfig, Problem, generate_problems
 from spear_megatron.data.jsonl import read_jsonl
 from spear_megatron.data.order import EpochOrder
 from spear_megatron.environments.code_interpreter import TOOL_NAME, TOOL_SCHEMA, format_output
@@ -62,8 +62,8 @@ def cold_start_conversations(
 ) -> list[Conversation]:
     """Demonstrations of the tool on the first ``count`` training problems: call, tool response, boxed answer.
 
-    A share ``error_rate`` of them is wrong, so that the imitator leaves something to learn: half run a program with a
-    wrong digit, half copy the tool's output with a wrong digit.
+    A share ``error_rate`` of them runs a program that misreads the operation, so that the imitator leaves something to
+    learn: it uses the tool well, but not always for what was asked.
 
     Raises:
         ValueError: ``count`` exceeds ``data.generator.num_train``, or ``error_rate`` is not a share.
@@ -79,16 +79,14 @@ def cold_start_conversations(
 
 def _demonstration(rng: Random, problem: Problem, error_rate: float, instruction: str) -> Conversation:
     program, printed = problem.program, problem.answer
-    wrong, slip_in_program = rng.random() < error_rate, rng.random() < 0.5
-    if wrong and slip_in_program:
+    if rng.random() < error_rate:
         program, printed = problem.wrong_program, problem.wrong_answer
-    answer = change_digit(rng, printed) if wrong and not slip_in_program else printed
     call = {"type": "function", "function": {"name": TOOL_NAME, "arguments": {"code": program}}}
     messages: tuple[Mapping[str, Any], ...] = (
         {"role": "user", "content": problem.text + instruction},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": TOOL_NAME, "content": format_output(f"{printed}\n")},
-        {"role": "assistant", "content": f"\\boxed{{{answer}}}"},
+        {"role": "assistant", "content": f"\\boxed{{{printed}}}"},
     )
     return Conversation(messages=messages, tools=(TOOL_SCHEMA,), origin=problem.id)
 

@@ -45,7 +45,7 @@ def test_cold_start_without_errors_is_right() -> None:
 
 def test_cold_start_errors_come_at_the_rate_asked_for() -> None:
     programs, copies = wrongs(cold_start_conversations(CONFIG, count=500, error_rate=0.5, seed=0))
-    assert 95 < programs < 155 and 95 < copies < 155
+    assert 210 < programs < 290 and copies == 0, "the program misreads the task; its output is copied as it is"
     assert sum(wrongs(cold_start_conversations(CONFIG, count=500, error_rate=1.0, seed=0))) == 500
 
 
