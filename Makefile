@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -q
 
 setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
 
-$(VENV)/.ready: requirements/cpu.txt requirements/dev.txt requirements/build.txt setup.py $(wildcard csrc/*)
+$(VENV)/.ready: requirements/cpu.txt requirements/dev.txt requirements/build.txt setup.py pyproject.toml $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements/build.txt
 	$(BIN)/pip install -q torch==2.13.0
@@ -37,7 +37,7 @@ bench: setup  ## every benchmark of the README, one after the other
 	$(BIN)/python tools/bench_sandbox.py
 
 docs: setup  ## regenerate the generated pages under docs/
-	$(BIN)/python tools/config_reference.py
+	$(BIN)/python tools/reference_pages.py
 
 clean:
 	rm -rf build *.egg-info spear_megatron/*.so

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,8 +51,15 @@ class EvaluationReport:
         return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
 
     def scalars(self, prefix: str = "val/") -> dict[str, float]:
-        """Flat values for the step record, such as ``val/success_rate`` and ``val/pass@4``."""
-        return {f"{prefix}{name}": estimate.value for name, estimate in self.metrics.items()}
+        """Flat values for the step record, such as ``val/success_rate``, ``val/pass@4`` and ``val/<source>/pass@4``."""
+        parts = {re.sub(r"[^\w.-]", "_", source) + "/": part for source, part in self.by_source.items()}
+        values = {f"{prefix}num_problems": float(self.num_problems), f"{prefix}num_excluded": float(self.num_excluded)}
+        for head, part in {"": self.metrics, **parts}.items():
+            values |= {f"{prefix}{head}{name}": estimate.value for name, estimate in part.items()}
+            success = part["success_rate"]
+            values[f"{prefix}{head}success_rate_low"] = success.low
+            values[f"{prefix}{head}success_rate_high"] = success.high
+        return values
 
     def write_json(self, path: Path) -> None:
         """Write ``to_json()`` to ``path``; a reader never sees half a file."""

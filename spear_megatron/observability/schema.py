@@ -22,8 +22,8 @@ class Metric(NamedTuple):
     unit: str
 
 
-def _spread(name: str, meaning: str, unit: str, statistics: str = "mean min max") -> tuple[Metric, ...]:
-    return tuple(Metric(f"{name}/{statistic}", f"{meaning}, {statistic}", unit) for statistic in statistics.split())
+def _spread(name: str, meaning: str, unit: str) -> tuple[Metric, ...]:
+    return tuple(Metric(f"{name}/{statistic}", f"{meaning}, {statistic}", unit) for statistic in ("mean", "min", "max"))
 
 
 _ACTOR = (
@@ -33,27 +33,22 @@ _ACTOR = (
     Metric("actor/pg_clipfrac_lower", "tokens cut by the dual clip (negative advantage)", "fraction"),
     Metric("actor/ppo_kl", "mean of old_logp - logp over response tokens", "nats"),
     Metric("actor/entropy", "mean entropy of the policy over response tokens, before the update", "nats"),
-    Metric("actor/entropy_loss", "mean entropy over response tokens as seen in the update", "nats"),
     Metric("actor/kl_loss", "mean KL estimate to the reference policy in the loss", "nats"),
-    Metric("actor/kl_coef", "coefficient of the KL term", "ratio"),
     Metric("actor/reward_kl_penalty", "mean KL estimate to the reference subtracted from the reward", "nats"),
     Metric("actor/grad_norm", "global norm of the gradient before clipping, mean over optimizer steps", "norm"),
     Metric("actor/lr", "learning rate of the last optimizer step", "ratio"),
     Metric("actor/ref_kl", "mean KL estimate to the reference policy over response tokens", "nats"),
     Metric("actor/tokens", "response tokens of one optimizer step", "tokens"),
     Metric("sft/loss", "mean cross-entropy over trained tokens", "nats"),
-    Metric("sft/val_loss", "mean cross-entropy over trained tokens of held-out conversations", "nats"),
     Metric("sft/grad_norm", "global norm of the gradient before clipping", "norm"),
     Metric("sft/lr", "learning rate of the step", "ratio"),
     Metric("sft/tokens", "trained tokens of the step", "tokens"),
-    Metric("sft/epoch", "passes over the data so far", "epochs"),
 )
 
 _ROLLOUT = (
     *_spread("critic/rewards", "composed reward per trajectory", "reward"),
     *_spread("critic/score", "outcome reward per trajectory, without bonus or penalty", "reward"),
     *_spread("critic/advantages", "advantage per trajectory", "reward"),
-    Metric("reward/tool_bonus_mean", "tool-call bonus per trajectory", "reward"),
     Metric("reward/penalty_mean", "penalties (format, invalid action) per trajectory", "reward"),
     Metric("success/mean", "trajectories that solved their task", "fraction"),
     Metric("groups/zero_variance", "task groups whose rewards are all equal: no learning signal", "fraction"),
@@ -67,20 +62,19 @@ _ROLLOUT = (
 )
 
 _TRAINING = (
-    *_spread("training/rollout_probs_diff", "|probability by engine - by trainer| of sampled tokens", "probability"),
-    *_spread("training/rollout_logp_abs_diff", "|log-prob by engine - by trainer| of sampled tokens", "nats"),
+    Metric("training/rollout_probs_diff/mean", "mean |probability by engine - by trainer| of sampled tokens", "ratio"),
+    Metric("training/rollout_logp_abs_diff/mean", "mean |log-prob by engine - by trainer| of sampled tokens", "nats"),
+    Metric("training/rollout_logp_abs_diff/max", "largest |log-prob by engine - by trainer| of sampled tokens", "nats"),
     Metric("training/num_trajectories", "trajectories that count, without infrastructure failures", "trajectories"),
     Metric("training/num_groups", "task groups with at least one trajectory that counts", "groups"),
     Metric("training/num_optimizer_steps", "optimizer steps taken in this step", "steps"),
     Metric("training/skipped_steps", "optimizer steps skipped so far because nothing was left to learn from", "steps"),
     Metric("training/nonfinite_steps", "optimizer steps skipped so far for a non-finite loss or gradient", "steps"),
     Metric("training/policy_version", "version of the weights that sampled this step", "version"),
-    Metric("training/epoch", "passes over the prompts so far", "epochs"),
 )
 
 _TIMING = (
     Metric("timing_s/gen", "rollouts, tools and rewards included", "s"),
-    Metric("timing_s/reward", "rewards computed after the rollouts", "s"),
     Metric("timing_s/old_log_prob", "trainer log-probs before the update", "s"),
     Metric("timing_s/ref", "reference log-probs", "s"),
     Metric("timing_s/adv", "advantages", "s"),
@@ -89,7 +83,6 @@ _TIMING = (
     Metric("timing_s/publish", "weights from trainer to engine", "s"),
     Metric("timing_s/save", "checkpoints since the previous record: a record stands before its step's save", "s"),
     Metric("timing_s/testing", "evaluation", "s"),
-    Metric("timing_s/record", "writing records and trajectories since the previous record", "s"),
     Metric("timing_s/step", "the whole step, all phases and what lies between", "s"),
 )
 
@@ -99,12 +92,7 @@ _PERF = (
     Metric("perf/throughput", "tokens of the step per second and rank", "tokens/s"),
     Metric("perf/gen_throughput", "sampled tokens per second of rollouts, all ranks", "tokens/s"),
     Metric("perf/update_throughput", "tokens per second of the update, all ranks", "tokens/s"),
-    Metric("perf/time_per_step", "same as timing_s/step", "s"),
     Metric("perf/imbalance", "largest load of a data-parallel rank over the mean, minus 1", "ratio"),
-    Metric("perf/padding", "padded tokens among all tokens that went through the model", "fraction"),
-    Metric("perf/num_micro_batches", "micro-batches per rank and optimizer step, mean", "micro-batches"),
-    Metric("perf/max_memory_allocated_gb", "peak GPU memory of rank 0", "GiB"),
-    Metric("perf/cpu_memory_used_gb", "resident memory of rank 0", "GiB"),
 )
 
 _HELD_OUT = (
@@ -114,17 +102,13 @@ _HELD_OUT = (
     ("avg@<k>", "mean success of k samples per held-out problem", "fraction"),
     ("pass@<k>", "held-out problems solved by at least one of k samples", "fraction"),
     ("maj@<k>", "held-out problems solved by the majority answer of k samples", "fraction"),
-    ("num_problems", "held-out problems evaluated", "problems"),
-    ("num_excluded", "held-out trajectories lost to infrastructure failures", "trajectories"),
-    ("response_length", "sampled tokens per held-out trajectory", "tokens"),
-    ("num_turns", "model turns per held-out trajectory", "turns"),
-    ("tool_calls", "tool calls per held-out trajectory", "calls"),
-    ("tool_failures", "failed tool calls per held-out trajectory", "calls"),
 )
 
 _VALIDATION = (
     *(Metric(f"val/{name}", meaning, unit) for name, meaning, unit in _HELD_OUT),
-    *(Metric(f"val/<name>/{name}", f"{meaning}, of one set", unit) for name, meaning, unit in _HELD_OUT),
+    *(Metric(f"val/<set>/{name}", f"{meaning}, of one of several sets", unit) for name, meaning, unit in _HELD_OUT),
+    Metric("val/num_problems", "held-out problems evaluated", "problems"),
+    Metric("val/num_excluded", "held-out trajectories lost to infrastructure failures", "trajectories"),
     Metric("env/<name>", "whatever a custom environment or reward reports, mean over trajectories", "any"),
 )
 
@@ -162,5 +146,5 @@ def check_names(names: Iterable[str]) -> None:
 
 def describe() -> str:
     """The whole schema as a Markdown table."""
-    rows = [f"| `{metric.name}` | {metric.meaning} | {metric.unit} |" for metric in METRICS]
+    rows = ["| `{}` | {} | {} |".format(*(text.replace("|", r"\|") for text in metric)) for metric in METRICS]
     return "\n".join(["| metric | meaning | unit |", "| --- | --- | --- |", *rows]) + "\n"

@@ -258,10 +258,7 @@ class Run:
             ks=(self.settings.val_samples,),
             seed=self.trainer.seed,
         )
-        success = result.report.metrics["success_rate"]
         self._metrics.update(result.report.scalars("val/"))
-        self._metrics.update({"val/success_rate_low": success.low, "val/success_rate_high": success.high})
-        self._metrics["val/num_excluded"] = float(result.report.num_excluded)
         if self.parts.trajectories is not None:
             self.parts.trajectories.write(step, result.groups, {}, kind="val")
 

@@ -6,6 +6,7 @@ import importlib.util
 import random
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -64,17 +65,18 @@ def test_fuzzed_values_of_the_real_configuration() -> None:
     assert refused > 500
 
 
-def reference_page() -> str:
-    spec = importlib.util.spec_from_file_location("config_reference", REPOSITORY / "tools" / "config_reference.py")
+@pytest.fixture(scope="module")
+def pages() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference_pages", REPOSITORY / "tools" / "reference_pages.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return str(module.render())
+    return module
 
 
-def test_the_reference_lists_every_key_once_below_its_section() -> None:
+def test_the_reference_lists_every_key_once_below_its_section(pages: ModuleType) -> None:
     section, listed = "", []
-    for line in reference_page().splitlines():
+    for line in pages.configuration().splitlines():
         if line.startswith("## "):
             section = line.removeprefix("## ").strip("`")
         elif line.startswith("| `"):
@@ -82,8 +84,6 @@ def test_the_reference_lists_every_key_once_below_its_section() -> None:
     assert sorted(listed) == sorted(row.key for row in field_table(Config))
 
 
-def test_the_reference_in_docs_is_up_to_date() -> None:
-    path = REPOSITORY / "docs" / "configuration.md"
-    if not path.is_file():
-        pytest.skip("docs/configuration.md is not part of this checkout")
-    assert path.read_text() == reference_page(), "run python tools/config_reference.py"
+@pytest.mark.parametrize("name", ["configuration.md", "metrics.md"])
+def test_the_reference_in_docs_is_up_to_date(pages: ModuleType, name: str) -> None:
+    assert pages.written(name) == pages.PAGES[name](), "run make docs"

@@ -9,6 +9,7 @@ import pytest
 
 from spear_megatron.evaluation.metrics import ProblemSamples
 from spear_megatron.evaluation.report import evaluate_samples
+from spear_megatron.observability.schema import check_names
 
 
 def problems() -> list[ProblemSamples]:
@@ -29,6 +30,16 @@ def test_values_and_counts() -> None:
     assert report.metrics["maj@3"].value == pytest.approx(0.5)
     assert report.by_source["easy"]["maj@3"].value == 1.0
     assert report.scalars()["val/avg@1"] == report.metrics["avg@1"].value
+
+
+def test_scalars_hold_every_set_and_are_in_the_record_schema() -> None:
+    items = [*problems(), ProblemSamples("d", (True,), ("5",), "a b/c")]
+    report = evaluate_samples("model", items, ks=(1,), seed=0, num_excluded=2)
+    values = report.scalars()
+    check_names(values)
+    assert values["val/hard/success_rate"] == report.by_source["hard"]["success_rate"].value == 0.5
+    assert values["val/a_b_c/success_rate_low"] < values["val/a_b_c/success_rate"] == 1.0
+    assert (values["val/num_problems"], values["val/num_excluded"]) == (4.0, 2.0)
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from spear_megatron.observability.console import ConsoleLog, step_line
 from spear_megatron.observability.record import NullRecorder, RunRecorder, read_record
+from spear_megatron.observability import schema
 from spear_megatron.observability.schema import METRICS, SCHEMA_VERSION, check_names, describe, lookup
 from spear_megatron.observability.timing import PhaseTimer
 from spear_megatron.types import StopReason
@@ -33,6 +34,19 @@ def test_schema_names_are_unique_and_documented() -> None:
     assert len(set(names)) == len(names)
     assert all(metric.meaning and metric.unit for metric in METRICS)
     assert all(f"`{name}`" in describe() for name in names)
+
+
+def test_every_metric_is_recorded_somewhere() -> None:
+    """Its name, or what it is a statistic or the seconds of, stands in the code that records it."""
+    package = Path(schema.__file__).parents[1]
+    code = "".join(path.read_text() for path in sorted(package.rglob("*.py")) if path != Path(schema.__file__))
+    families = ("stop/", "val/", "env/")
+    unknown = []
+    for name in (metric.name for metric in METRICS if not metric.name.startswith(families)):
+        recorded = (f'"{name}"', f'_spread("{name.rpartition("/")[0]}"', f'phase("{name.removeprefix("timing_s/")}")')
+        if not any(text in code for text in recorded):
+            unknown.append(name)
+    assert unknown == []
 
 
 def test_every_stop_reason_is_in_the_schema() -> None:
@@ -132,7 +146,7 @@ def test_tensorboard_holds_the_resumed_values(tmp_path: Path) -> None:
 
 
 def test_console_line_is_one_compact_line() -> None:
-    metrics = {"success/mean": 0.375, "actor/entropy": 1.23456, "val/math/success_rate": 0.5, "perf/padding": 0.1}
+    metrics = {"success/mean": 0.375, "actor/entropy": 1.23456, "val/math/success_rate": 0.5, "perf/imbalance": 0.1}
     line = step_line(7, metrics)
     assert line == "step    7  success 38%  entropy 1.235  val/math/success_rate 50%"
 
