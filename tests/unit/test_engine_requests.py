@@ -250,3 +250,21 @@ def test_weights_may_require_gradients(pair: tuple[Any, ModelShape]) -> None:
     expected = run(engine, [request((3, 4), key=1)])
     engine.update_weights([(n, torch.nn.Parameter(t)) for n, t in named_weights(model)], version=1)
     assert run(engine, [request((3, 4), key=1)]) == expected
+
+
+def test_a_failed_step_leaves_nothing_in_the_prefix_cache(
+    pair: tuple[Any, ModelShape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages were registered before they were computed: asked again, the same prompt must not find them."""
+    ask = request(random_prompts(1, pair[1].vocab_size, seed=5, shortest=48)[0], key=3)
+    expected = run(make_engine(*pair), [ask])
+    engine = make_engine(*pair)
+
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._decoder, "forward", fail)
+        with pytest.raises(EngineError, match="out of memory"):
+            run(engine, [ask])
+    assert run(engine, [ask]) == expected

@@ -160,6 +160,7 @@ class EmbeddedEngine:
                 await asyncio.sleep(0)
         except Exception as error:
             self._fail_all(f"the engine failed ({type(error).__name__}: {error}) while request {{}} was pending", error)
+            self._scheduler.restart_all()  # the step's pages can be found by prefix, but were never computed
 
     def _step(self) -> None:
         chunks = self._scheduler.next_chunks()
