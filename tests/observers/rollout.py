@@ -1,0 +1,70 @@
+"""Observers of ``actor_rollout_ref.rollout.*``: what is asked of the engine, and what the engine does."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from observers.core import Observer, Observers, refused
+from observers.scripted_run import NO_SANDBOX, episode, run_scripted
+
+from spear_megatron.config.schema import Config
+
+_ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def train_tasks(config: Config, scratch: Path) -> Any:
+    """Samples and sampling of every step."""
+    return [(tasks.num_samples, dataclasses.asdict(tasks.sampling)) for tasks in run_scripted(config).tasks]
+
+
+def val_tasks(config: Config, scratch: Path) -> Any:
+    """Samples and sampling of every evaluation."""
+    return [(tasks.num_samples, dataclasses.asdict(tasks.sampling)) for tasks in run_scripted(config).evaluations]
+
+
+def engine_steps(config: Config, scratch: Path) -> Any:
+    """Steps that the engine takes for six requests of 4 tokens, or why it refuses them."""
+    from spear_megatron.cli.agents import load_engine, load_renderer, open_agents
+    from spear_megatron.cli.session import open_parallel
+    from spear_megatron.model.shape import ModelShape
+    from spear_megatron.rollout.engine import GenerateRequest, SamplingParams
+
+    folder = config.actor_rollout_ref.model.path
+    shape = ModelShape.from_folder(folder)
+    with open_parallel(config) as parallel, open_agents(config, parallel, load_renderer(folder), shape) as agents:
+        engine: Any = agents.engine
+        load_engine(engine, folder, shape)
+
+        async def all_of_them() -> None:
+            sampling = SamplingParams(4)
+            prompts = [tuple(range(10, 30 + 10 * i)) for i in range(6)]
+            await asyncio.gather(*(engine.generate(GenerateRequest(f"r{i}", p, sampling, i)) for i, p in enumerate(prompts)))
+
+        agents.collector._runner.run(all_of_them())
+        return engine.stats.num_steps
+
+
+def tool_episode(config: Config, scratch: Path) -> Any:
+    """An episode whose policy asks for the tool twice and then answers."""
+    return episode(config, ["1", "2", "\\boxed{3}"])
+
+
+_VALIDATES = ("trainer.test_freq=1",)
+OBSERVERS: Observers = {
+    f"{_ROLLOUT}.name": refused("embedded", "sglang"),
+    f"{_ROLLOUT}.n": Observer(train_tasks, ("2", "3")),
+    f"{_ROLLOUT}.temperature": Observer(train_tasks, ("1.0", "0.7")),
+    f"{_ROLLOUT}.top_p": refused("1.0", "0.9"),
+    f"{_ROLLOUT}.top_k": refused("-1", "20"),
+    f"{_ROLLOUT}.max_num_seqs": Observer(engine_steps, ("8", "2"), NO_SANDBOX),
+    f"{_ROLLOUT}.max_model_len": Observer(engine_steps, ("null", "64"), NO_SANDBOX),
+    f"{_ROLLOUT}.multi_turn.max_assistant_turns": Observer(tool_episode, ("3", "2"), ("data.max_response_length=200",)),
+    f"{_ROLLOUT}.multi_turn.max_tool_response_length": Observer(tool_episode, ("256", "24"), ("data.max_response_length=200",)),
+    f"{_ROLLOUT}.val_kwargs.n": Observer(val_tasks, ("1", "2"), _VALIDATES),
+    f"{_ROLLOUT}.val_kwargs.temperature": Observer(val_tasks, ("1.0", "0.0"), _VALIDATES),
+    f"{_ROLLOUT}.val_kwargs.top_p": Observer(val_tasks, ("1.0", "0.9"), _VALIDATES),
+    f"{_ROLLOUT}.val_kwargs.top_k": Observer(val_tasks, ("-1", "20"), _VALIDATES),
+}
