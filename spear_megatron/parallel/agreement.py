@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
@@ -70,8 +71,8 @@ async def with_heartbeat(parallel: ParallelState, phase: str, work: Coroutine[An
     key = f"{phase}/{parallel.rank}"
 
     async def beat() -> None:
-        while True:
-            parallel.store.set(f"{key}/beat", str(time.time()))
+        for count in itertools.count():
+            parallel.store.set(f"{key}/beat", str(count))
             await asyncio.sleep(HEARTBEAT_S)
 
     beating = asyncio.create_task(beat()) if parallel.world_size > 1 else None
@@ -89,15 +90,28 @@ def wait_for_leaders(parallel: ParallelState, phase: str, leaders: list[int], ti
     Raises:
         RunTimeout: names the phase, the leader and what was last heard of it.
     """
-    start = time.time()
+    start = time.monotonic()
     for leader in leaders:
         key = f"{phase}/{leader}"
+        heard, beat = start, None
         while not parallel.store.check([f"{key}/done"]):
-            now = time.time()
-            heard = float(parallel.store.get(f"{key}/beat")) if parallel.store.check([f"{key}/beat"]) else start
+            now = time.monotonic()
+            newest = parallel.store.get(f"{key}/beat") if parallel.store.check([f"{key}/beat"]) else None
+            if newest != beat:  # only changes count: the clocks of two machines may be minutes apart
+                heard, beat = now, newest
             if now - start > timeout_s or now - heard > HEARTBEAT_LOST_S:
                 raise RunTimeout(
                     f"rank {parallel.rank} waited {now - start:.0f} s in phase '{phase}' for rank {leader}, "
                     f"last heard of {now - heard:.0f} s ago"
                 )
             time.sleep(POLL_S)
+
+
+def forget_heartbeat(parallel: ParallelState, phase: str) -> None:
+    """Remove this rank's signs of ``phase`` from the store, after a collective that follows the wait on every rank.
+
+    The phase may then come again, and the store does not grow.
+    """
+    if parallel.world_size > 1:
+        for sign in ("beat", "done"):
+            parallel.store.delete_key(f"{phase}/{parallel.rank}/{sign}")
