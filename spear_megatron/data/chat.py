@@ -52,8 +52,9 @@ class ChatRenderer:
         self.turn_end_id: int = vocabulary[TURN_END]
         ends = [self.turn_end_id, vocabulary.get("<|endoftext|>"), tokenizer.eos_token_id]
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(end for end in ends if end is not None))
-        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._control = re.compile("|".join(re.escape(token) for token in special))
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= {TURN_START, TURN_END}  # whatever the tokenizer calls them
+        self._control = re.compile("|".join(re.escape(token) for token in sorted(special)))
         self._prefill = self._generation_prompt().removeprefix(_OPENING)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
