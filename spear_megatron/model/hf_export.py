@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -106,13 +105,19 @@ def _write(
     """Write the folder and put it in place; returns what went wrong instead of raising, for all ranks to raise."""
     from safetensors import SafetensorError
 
-    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
+    # Fixed names: what a killed export left is found, and cannot stand in the way of this one.
+    partial, old = (out_dir.with_name(f".{out_dir.name}.{suffix}") for suffix in ("partial", "old"))
     try:
+        if old.exists() and not out_dir.exists():
+            old.rename(out_dir)
+        for leftover in (partial, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         _write_config(source, partial, dtype)
         copy_companions(source, partial)
         _write_shards(tensors, plan_shards(shape, dtype, max_shard_bytes), partial)
-        _put_in_place(partial, out_dir)
+        _put_in_place(partial, out_dir, old)
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: the source's config.json is not JSON
         shutil.rmtree(partial, ignore_errors=True)
         return str(error)
@@ -150,10 +155,9 @@ def _write_shards(tensors: Iterator[tuple[str, torch.Tensor | None]], shards: li
         (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _put_in_place(partial: Path, out_dir: Path) -> None:
+def _put_in_place(partial: Path, out_dir: Path, old: Path) -> None:
     for file in [*partial.rglob("*"), partial]:
         sync_path(file)
-    old = out_dir.with_name(f".{out_dir.name}.old-{os.getpid()}")
     if out_dir.exists():
         out_dir.rename(old)
     partial.rename(out_dir)

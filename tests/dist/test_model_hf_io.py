@@ -119,6 +119,9 @@ def test_export_replaces_an_older_folder_whole_and_declares_its_dtype(tmp_path: 
     folder, out = make_tiny_hf(tmp_path / "m"), tmp_path / "runs" / "out"
     out.mkdir(parents=True)
     (out / INDEX_NAME).write_text("{}")
+    for leftover in (".out.partial", ".out.old"):  # of an export that was killed
+        (out.parent / leftover).mkdir()
+        (out.parent / leftover / "half").write_text("a")
     run_ranks(_convert, 2, folder, out, torch.bfloat16, torch.float32)
     assert {file.name for file in out.iterdir()} == {"config.json", SINGLE_NAME, "generation_config.json"}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -164,6 +167,9 @@ def test_a_failed_export_leaves_the_older_folder_alone(config: str | None, tmp_p
     (out / "keep").write_text("old")
     messages = run_ranks(_export_fails, 2, folder, out, source)
     assert messages[0] == messages[1]
+    assert [path.name for path in out.parent.iterdir()] == ["out"] and (out / "keep").read_text() == "old"
+    out.rename(out.with_name(".out.old"))  # as after a kill between the two renames of an export
+    run_ranks(_export_fails, 2, folder, out, source)
     assert [path.name for path in out.parent.iterdir()] == ["out"] and (out / "keep").read_text() == "old"
 
 
