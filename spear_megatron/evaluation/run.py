@@ -36,7 +36,7 @@ def evaluate(
 
     Args:
         answer_of: canonical final answer of a trajectory, for maj@k.
-        ks: sizes of the @k metrics.
+        ks: sizes of the @k metrics, lowered where no problem has so many valid samples.
 
     Raises:
         RunError: a leader failed, or every sample was an infrastructure failure.
@@ -49,7 +49,8 @@ def evaluate(
     if not solved:
         errors = sorted({row.error for row in collected.index if row.error})
         raise RunError(f"evaluation '{name}': no valid sample of {len(collected.index)}; errors: {errors[:3]}")
-    report = evaluate_samples(name, solved, ks=ks, seed=seed, num_excluded=excluded)
+    most = max(len(samples.correct) for samples in solved)  # fewer than asked for, where every problem lost some
+    report = evaluate_samples(name, solved, ks=[min(k, most) for k in ks], seed=seed, num_excluded=excluded)
     return Evaluation(report, collected.groups)
 
 
