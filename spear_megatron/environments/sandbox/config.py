@@ -19,7 +19,8 @@ class SandboxConfig:
             Processes that a program forks have as much each, within ``wall_s`` of the whole.
         wall_s: wall-clock backstop in seconds, for programs that sleep or wait.
         output_bytes: bytes kept of stdout and of stderr, each; a program that writes more is stopped.
-        processes: processes and threads of a program. Only ``namespaces`` lets a program fork at all.
+        processes: processes and threads of a program in ``namespaces``; in ``landlock`` a program cannot fork, and
+            ``memory_mb`` bounds its threads.
         disk_mb: size of the program's scratch folder in MiB.
         workers: programs that run at the same time; more calls wait for their turn.
         queue_s: longest wait for a turn, in seconds.
