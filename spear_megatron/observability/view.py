@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -77,13 +78,14 @@ def last_step(run_dir: str, kind: Kind) -> int:
 
 def show_step(console: Console, kept: Sequence[KeptTrajectory], title: str) -> None:
     """Print one row per trajectory."""
-    table = Table(title=title, title_justify="left")
-    for name in ("id", "reward", "outcome", "success", "turns", "calls", "failed", "tokens", "stop", "problem"):
-        table.add_column(name, justify="left" if name in ("id", "stop", "problem") else "right", overflow="ellipsis")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0))
+    for name in ("id", "reward", "success", "turns", "calls", "failed", "tokens", "stop"):
+        table.add_column(name, justify="left" if name in ("id", "stop") else "right", no_wrap=True)
+    table.add_column("problem", no_wrap=True, overflow="ellipsis", ratio=1)  # on a narrow terminal this one gives way
     for item in kept:
         run = item.trajectory
         table.add_row(
-            str(run.id), f"{item.reward:+.3f}", f"{run.reward.outcome:g}", "yes" if run.reward.success else "no",
+            str(run.id), f"{item.reward:+.3f}", "yes" if run.reward.success else "no",
             str(run.num_turns), str(run.num_tool_calls), str(run.num_tool_failures), str(run.num_response_tokens),
             run.stop_reason.value, Text(_safe(problem_text(item))[:60].replace("\n", " ")),
         )  # fmt: skip
