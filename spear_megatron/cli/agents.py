@@ -10,8 +10,10 @@ from pathlib import Path
 
 from spear_megatron.config.schema import Config
 from spear_megatron.data.chat import ChatRenderer
+from spear_megatron.data.generator import Split
+from spear_megatron.data.prompts import load_prompts
 from spear_megatron.environments.protocol import Reward, final_text
-from spear_megatron.environments.registry import EnvironmentFactory, environment_factory, needs_sandbox
+from spear_megatron.environments.registry import EnvironmentFactory, environment_factory, needs_sandbox, opening_of
 from spear_megatron.environments.sandbox.factory import open_sandbox
 from spear_megatron.environments.sandbox.protocol import Sandbox
 from spear_megatron.model.hf_folder import HFWeights
@@ -24,6 +26,7 @@ from spear_megatron.rollout.agent_loop import EpisodeLimits
 from spear_megatron.rollout.collect import Collector, RunGroups, Tasks
 from spear_megatron.rollout.embedded import EmbeddedEngine
 from spear_megatron.rollout.engine import Engine, SamplingParams
+from spear_megatron.rollout.prompt_lengths import check_prompt_lengths
 from spear_megatron.rollout.scheduler import EpisodeRunner, collect_groups
 from spear_megatron.types import Group, Prompt, Trajectory
 
@@ -41,6 +44,20 @@ def load_renderer(folder: str | Path) -> ChatRenderer:
     except (OSError, KeyError) as error:
         remedy = "copy the model's tokenizer files there"
         raise ValueError(f"{folder} has no usable tokenizer ({error}); {remedy}") from error
+
+
+def load_episode_prompts(config: Config, split: Split, renderer: ChatRenderer) -> list[Prompt]:
+    """The prompts of a split, none of them too long to begin an episode with.
+
+    Raises:
+        ValueError: a row cannot be used, or a prompt exceeds ``data.max_prompt_length`` (environments that tell their
+            opening only in an episode are not asked: there the episode refuses it).
+    """
+    prompts = load_prompts(config.data, split)
+    opening = opening_of(config.env)
+    if opening is not None:
+        check_prompt_lengths(prompts, opening, renderer, max_prompt_length=config.data.max_prompt_length)
+    return prompts
 
 
 def max_model_len(config: Config) -> int:

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from spear_megatron.checkpoint.manager import CheckpointManager
-from spear_megatron.cli.agents import canonical_answer_of, load_renderer, open_agents, samplings
+from spear_megatron.cli.agents import canonical_answer_of, load_episode_prompts, load_renderer, open_agents, samplings
 from spear_megatron.cli.session import StopFlag, open_parallel, open_record
 from spear_megatron.config.describe import flatten
 from spear_megatron.config.schema import Config
 from spear_megatron.data.chat import ChatRenderer
-from spear_megatron.data.prompts import PromptSource, load_prompts
+from spear_megatron.data.prompts import PromptSource
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.model.hf_export import export_hf
 from spear_megatron.model.hf_io import iter_hf_tensors, load_hf_folder
@@ -86,9 +86,9 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
     """
     model = config.actor_rollout_ref.model.path
     shape, renderer = ModelShape.from_folder(model), load_renderer(model)
-    train_prompts = load_prompts(config.data, "train")
+    train_prompts = load_episode_prompts(config, "train", renderer)
     validates = config.trainer.test_freq > 0 or config.trainer.val_before_train
-    val_prompts = load_prompts(config.data, "val") if validates else []
+    val_prompts = load_episode_prompts(config, "val", renderer) if validates else []
     with contextlib.ExitStack() as stack:
         parallel = stack.enter_context(open_parallel(config))
         agents = stack.enter_context(open_agents(config, parallel, renderer, shape))

@@ -61,16 +61,23 @@ def evaluate_folder(config: Config, out: Path) -> None:
         ValueError: the dataset or the model folder cannot be used.
         RunError: no sample could be measured.
     """
-    from spear_megatron.cli.agents import canonical_answer_of, load_engine, load_renderer, open_agents, samplings
+    from spear_megatron.cli.agents import (
+        canonical_answer_of,
+        load_engine,
+        load_episode_prompts,
+        load_renderer,
+        open_agents,
+        samplings,
+    )
     from spear_megatron.cli.session import open_parallel
-    from spear_megatron.data.prompts import load_prompts
     from spear_megatron.evaluation.run import evaluate
     from spear_megatron.model.shape import ModelShape
     from spear_megatron.observability.trajectories import TrajectoryStore
     from spear_megatron.rollout.collect import Tasks
 
     model = config.actor_rollout_ref.model.path
-    shape, renderer, prompts = ModelShape.from_folder(model), load_renderer(model), load_prompts(config.data, "val")
+    shape, renderer = ModelShape.from_folder(model), load_renderer(model)
+    prompts = load_episode_prompts(config, "val", renderer)
     val = config.actor_rollout_ref.rollout.val_kwargs
     with open_parallel(config) as parallel, open_agents(config, parallel, renderer, shape) as agents:
         assert agents.engine is not None

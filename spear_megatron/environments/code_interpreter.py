@@ -53,9 +53,14 @@ class CodeInterpreterEnvironment:
         self._max_calls_per_turn = max_calls_per_turn
         self._num_stderr_lines = num_stderr_lines
 
-    async def reset(self, prompt: Prompt) -> Observation:
+    @staticmethod
+    def opening(prompt: Prompt) -> Observation:
         """The prompt's own messages, with the tool."""
         return Observation(messages=prompt.messages, tools=(TOOL_SCHEMA,))
+
+    async def reset(self, prompt: Prompt) -> Observation:
+        """Begin with :meth:`opening`."""
+        return self.opening(prompt)
 
     async def step(self, turn: Turn) -> StepResult:
         """Run the turn's calls; a turn without calls ends the episode, void if it has no ``\\boxed{}`` either."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spear_megatron.environments.config import EnvironmentConfig
-from spear_megatron.environments.protocol import Environment
+from spear_megatron.environments.protocol import Environment, Observation
 from spear_megatron.environments.sandbox.protocol import Sandbox
 from spear_megatron.rewards.registry import check_arguments, resolve_target
+from spear_megatron.types import Prompt
 
 ENVIRONMENTS: Mapping[str, str] = {
     "code_interpreter": "spear_megatron.environments.code_interpreter:CodeInterpreterEnvironment",
@@ -21,6 +22,11 @@ EnvironmentFactory = Callable[[], Environment]
 def needs_sandbox(config: EnvironmentConfig) -> bool:
     """Whether the environment runs code: its class or function has a true attribute ``needs_sandbox``."""
     return bool(getattr(resolve_target(config.name, ENVIRONMENTS, key="env"), "needs_sandbox", False))
+
+
+def opening_of(config: EnvironmentConfig) -> Callable[[Prompt], Observation] | None:
+    """What the environment opens an episode with, if that is known without one: its static method ``opening``."""
+    return getattr(resolve_target(config.name, ENVIRONMENTS, key="env"), "opening", None)
 
 
 def check_environment_settings(config: EnvironmentConfig) -> None:
