@@ -304,13 +304,23 @@ class Run:
         self.parts.checkpoints.save(step, self.parts.actor.chunks, optimizer.megatron, optimizer.scheduler, states)
 
     def restore(self) -> int | None:
-        """Continue from the newest good checkpoint; returns its step, or None without any."""
+        """Continue from the newest good checkpoint; returns its step, or None without any.
+
+        Raises:
+            ValueError: the checkpoint is beyond the last step, or was made with other prompts.
+        """
         actor = self.parts.actor
         loaded = self.parts.checkpoints.load_latest(
             actor.chunks, actor.optimizer.megatron, actor.optimizer.scheduler, required=("progress", "prompt_source")
         )
         if loaded is None:
             return None
+        if loaded.step > self.trainer.total_training_steps:
+            raise ValueError(
+                f"{self.trainer.default_local_dir} is already at step {loaded.step}, beyond "
+                f"trainer.total_training_steps={self.trainer.total_training_steps}: raise it, or choose another "
+                "trainer.default_local_dir"
+            )
         actor.optimizer.follow_configuration()
         self.progress = Progress(**loaded.states["progress"])
         self.parts.prompts.load_state_dict(loaded.states["prompt_source"])
