@@ -25,8 +25,7 @@ def open_parallel(config: Config) -> Iterator[ParallelState]:
     peers that are busy in a collective.
     """
     megatron = config.actor_rollout_ref.actor.megatron
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.trainer.num_threads or max(1, (os.cpu_count() or 1) // local_ranks))
+    torch.set_num_threads(config.trainer.num_threads or default_threads())
     parallel = initialize(
         megatron.tensor_model_parallel_size,
         megatron.pipeline_model_parallel_size,
@@ -42,6 +41,11 @@ def open_parallel(config: Config) -> Iterator[ParallelState]:
     finally:
         if not failed or parallel.world_size == 1:
             parallel.destroy()
+
+
+def default_threads() -> int:
+    """CPU threads of one of this host's ranks: an equal share of the cores that the job may use."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class StopFlag:

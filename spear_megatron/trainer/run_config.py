@@ -41,7 +41,7 @@ class TrainerConfig:
     collective_timeout_s: float = 600.0
     """Deadline of every collective."""
     num_threads: int = 0
-    """CPU threads per rank; 0 takes cores divided by the local ranks."""
+    """CPU threads per rank; 0 takes the usable cores divided by the local ranks."""
 
     def __post_init__(self) -> None:
         if self.total_training_steps < 1:
