@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import pytest
 from source import REPOSITORY, source_files
@@ -55,6 +56,12 @@ def test_lines_fit() -> None:
         if len(line) > 120
     ]
     assert long == []
+
+
+def test_every_test_file_is_collected(pytestconfig: pytest.Config) -> None:
+    skipped = pytestconfig.getini("norecursedirs")
+    names = {part for name, _ in tracked_texts() for part in name.split("/")[:-1] if name.startswith("tests/")}
+    assert {name for name in names if any(fnmatch(name, pattern) for pattern in skipped)} == set()
 
 
 def test_every_file_states_its_annotations_are_lazy() -> None:
