@@ -169,4 +169,5 @@ def _open_trajectories(
         renderer.decode,
         shard=parallel.dp_rank,
         resume_step=resume_step,
+        num_shards=parallel.dp_size,
     )

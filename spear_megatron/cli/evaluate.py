@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     config = as_evaluation(load_config(args), args)
     from spear_megatron.cli.preflight import check_agents, check_before_start, print_plan
 
+    check_out(Path(args.out))
     check_before_start(config)
     check_agents(config)
     if args.dry_run:
@@ -52,6 +53,14 @@ def as_evaluation(config: Config, args: argparse.Namespace) -> Config:
     return dataclasses.replace(
         config, data=data, actor_rollout_ref=dataclasses.replace(ref, model=model, actor=actor, rollout=rollout)
     )
+
+
+def check_out(out: Path) -> None:
+    """ValueError if ``out`` is the directory of a training run, whose trajectories an evaluation would replace."""
+    from spear_megatron.observability.record import RECORD_NAME
+
+    if (out / RECORD_NAME).exists():
+        raise ValueError(f"--out {out} is the directory of a run, whose trajectories would be lost: give another folder")
 
 
 def evaluate_folder(config: Config, out: Path) -> None:
@@ -92,7 +101,8 @@ def evaluate_folder(config: Config, out: Path) -> None:
             ks=sorted({1, val.n}),
             seed=config.trainer.seed,
         )
-        store = TrajectoryStore(out, config.trainer.num_logged_trajectories, renderer.decode, shard=parallel.dp_rank)
+        kept, shards = config.trainer.num_logged_trajectories, parallel.dp_size
+        store = TrajectoryStore(out, kept, renderer.decode, shard=parallel.dp_rank, num_shards=shards)
         store.write(0, result.groups, {}, kind="val")
         if parallel.rank == 0:
             result.report.write_json(out / "report.json")

@@ -50,15 +50,27 @@ class TrajectoryStore:
     """Keeps up to ``per_step`` trajectories of each step. Writing a step again replaces its file as a whole."""
 
     def __init__(
-        self, run_dir: str | Path, per_step: int, decode: Decode, shard: int = 0, resume_step: int | None = None
+        self,
+        run_dir: str | Path,
+        per_step: int,
+        decode: Decode,
+        shard: int = 0,
+        resume_step: int | None = None,
+        num_shards: int | None = None,
     ) -> None:
-        """``decode`` turns token ids into text; steps after ``resume_step`` are removed (None: all of this shard)."""
+        """Open the folder and remove this shard's steps after ``resume_step`` (None: all of them).
+
+        Args:
+            decode: turns token ids into text.
+            num_shards: how many shards write now; the first one also removes those steps of shards that are no more.
+        """
         if per_step < 0:
             raise ValueError(f"trainer.num_logged_trajectories must be 0 or more, got {per_step}")
         self._root = Path(run_dir) / "trajectories"
         self._per_step = per_step
         self._decode = decode
         self._shard = shard
+        self._num_shards = num_shards
         self._drop_after(-1 if resume_step is None else resume_step)
 
     def write(
@@ -88,9 +100,13 @@ class TrajectoryStore:
     def _drop_after(self, step: int) -> None:
         for path in self._root.glob("*/step_*.jsonl"):
             match = _FILE_NAME.fullmatch(path.name)
-            if match and int(match[2]) == self._shard and int(match[1]) > step:
+            if match and self._drops(int(match[2])) and int(match[1]) > step:
                 path.unlink()
                 sync_path(path.parent)
+
+    def _drops(self, shard: int) -> bool:
+        gone = self._shard == 0 and self._num_shards is not None and shard >= self._num_shards
+        return gone or shard == self._shard
 
 
 def evenly_spaced(count: int, limit: int) -> list[int]:

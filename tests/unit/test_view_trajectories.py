@@ -120,6 +120,16 @@ def test_resume_removes_later_steps_of_this_shard_only(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*tmp"))
 
 
+def test_steps_that_are_done_again_by_fewer_ranks_keep_nothing_of_the_first_time(tmp_path: Path) -> None:
+    for shard in (0, 1, 2):
+        store = TrajectoryStore(tmp_path, 2, decode, shard=shard, num_shards=3)
+        for step in (1, 2):
+            store.write(step, groups(step), {})
+    TrajectoryStore(tmp_path, 2, decode, shard=1, resume_step=1, num_shards=2)
+    TrajectoryStore(tmp_path, 2, decode, shard=0, resume_step=1, num_shards=2)
+    assert recorded_steps(tmp_path) == [1] and len(read_trajectories(tmp_path, 1)) == 6
+
+
 def test_missing_and_damaged(tmp_path: Path) -> None:
     for step in (1, 2, 5):
         TrajectoryStore(tmp_path, 2, decode, resume_step=9).write(step, groups(step), {})
