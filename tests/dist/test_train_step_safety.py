@@ -164,7 +164,7 @@ def plain_schedule(folder: str) -> list[tuple[float, float]]:
             mask = row.response_mask[1:]
             logits = model(row.ids.long()[None]).logits[0, :-1]
             targets = row.ids[1:].long()
-        loss = torch.nn.functional.cross_entropy(logits[mask], targets[mask], reduction="sum") / num_tokens
+            loss = torch.nn.functional.cross_entropy(logits[mask], targets[mask], reduction="sum") / num_tokens
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
