@@ -7,7 +7,7 @@ packings. Shown are the loss, the global gradient norm with their relative diffe
 gradient error |g - g0| / |g0| over all parameters by Hugging Face name.
 
 The loop: three steps of the command ``train`` with a tool-calling agent. Shown are in how many steps all trajectories
-are token-equal to those on one rank, and the largest difference among all recorded figures (timings aside) of all steps.
+are token-equal to those on one rank, and the largest difference among all recorded figures, timings aside.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def loop_table(work: Path) -> tuple[list[list[str]], bool]:
     folder = make_agent(work)
     expected = run_loop(folder, work / LOOP_BASELINE.name, LOOP_BASELINE)
     num_tokens = sum(len(ids) for step in expected.tokens.values() for rows in step.values() for ids in rows)
-    table, all_agree = [[LOOP_BASELINE.name, f"{num_tokens} tokens", f"{len(expected.metrics[1])} figures", "", ""]], True
+    all_agree = True
+    table = [[LOOP_BASELINE.name, f"{num_tokens} tokens", f"{len(expected.metrics[1])} figures", "", ""]]
     for layout in LOOP_LAYOUTS:
         result = compare(run_loop(folder, work / layout.name, layout), expected)
         all_agree &= result.agrees

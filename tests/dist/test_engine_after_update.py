@@ -24,7 +24,8 @@ def sample(engine: Any, count: int, num_tokens: int) -> list[Row]:
     sampling = SamplingParams(num_tokens, temperature=TEMPERATURE)
 
     async def all_of_them() -> list[Any]:
-        requests = [GenerateRequest(f"r{i}", tuple(range(1 + i, 6 + 2 * i)), sampling, noise_key=i) for i in range(count)]
+        prompts = [tuple(range(1 + i, 6 + 2 * i)) for i in range(count)]
+        requests = [GenerateRequest(f"r{i}", prompt, sampling, noise_key=i) for i, prompt in enumerate(prompts)]
         return [(request, await engine.generate(request)) for request in requests]
 
     rows = []

@@ -10,8 +10,8 @@ from pathlib import Path
 DEADLINE_S = 120
 SMALL = (
     "actor_rollout_ref.model.dtype=fp32", "trainer.num_threads=1", "data.generator.levels=[1]",
-    "data.generator.num_train=512", "data.generator.num_val=6", "data.max_prompt_length=64", "data.max_response_length=64",
-    "env.sandbox.preload=[]",
+    "data.generator.num_train=512", "data.generator.num_val=6", "data.max_prompt_length=64",
+    "data.max_response_length=64", "env.sandbox.preload=[]",
 )  # fmt: skip
 SFT = ("sft.num_examples=512", "sft.total_training_steps=120", "sft.train_batch_size=16", "sft.lr=1e-2")
 TRAIN = (

@@ -62,7 +62,8 @@ def without_timings(folder: Path) -> list[dict[str, Any]]:
 def test_sft_learns_and_exports(sft_dir: Path) -> None:
     losses = [line["sft/loss"] for line in read_record(sft_dir)]
     assert len(losses) == 120 and losses[-1] < 0.1 * losses[0]
-    assert {"config.json", "tokenizer.json", "generation_config.json"} <= {path.name for path in (sft_dir / "hf").iterdir()}
+    names = {path.name for path in (sft_dir / "hf").iterdir()}
+    assert {"config.json", "tokenizer.json", "generation_config.json"} <= names
 
 
 def test_train_leaves_record_checkpoints_trajectories_and_a_model(run_dir: Path, sft_dir: Path) -> None:
@@ -97,7 +98,8 @@ def test_evaluate_writes_a_report(run_dir: Path, tmp_path: Path) -> None:
 
 def test_evaluate_reads_a_dataset(run_dir: Path, tmp_path: Path) -> None:
     dataset = tmp_path / "tasks.jsonl"
-    dataset.write_text("".join(json.dumps({"id": i, "problem": f"What is {i} + 1?", "answer": i + 1}) + "\n" for i in (1, 2)))
+    rows = [{"id": i, "problem": f"What is {i} + 1?", "answer": i + 1} for i in (1, 2)]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = f"actor_rollout_ref.model.path={run_dir / 'hf'}"
     run("evaluate", "--dataset", dataset, "--out", tmp_path / "out", "--temperature", "0", model, *SMALL)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["num_problems"] == 2
@@ -127,8 +129,10 @@ def test_doctor_reads_the_run(run_dir: Path) -> None:
 
 
 def test_chat_answers_with_the_tool(run_dir: Path) -> None:
-    out = run("chat", run_dir, "--message", "What is 2 + 3?", "--message", "What is 4 * 5?")
-    assert out.count("code_interpreter") >= 2 and out == run("chat", run_dir, "--message", "What is 2 + 3?", "--message", "What is 4 * 5?")
+    questions = ("--message", "What is 2 + 3?", "--message", "What is 4 * 5?")
+    out = run("chat", run_dir, *questions)
+    assert out.count("code_interpreter") >= 2
+    assert out == run("chat", run_dir, *questions)
 
 
 def test_a_stop_signal_saves_and_the_same_command_continues(run_dir: Path, sft_dir: Path, tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def after_a_death(config: Config, scratch: Path) -> Any:
 
 _TWO_SLEEPS = programs("import time; time.sleep(0.5)", "import time; time.sleep(0.5)")
 _ONE_WORKER = (f"{_SANDBOX}.workers=1",)
+_NOBODY_THERE = f"{_SANDBOX}.url=http://127.0.0.1:9"
 _REMOTE = (f"{_SANDBOX}.backend=remote", f"{_SANDBOX}.remote_retries=0")
 _FILL_DISK = "with open('x', 'wb') as file:\n    for _ in range(6 << 8): file.write(b'x' * 4096)\nprint('written')"
 _THREADS = (
@@ -123,7 +124,7 @@ OBSERVERS: Observers = {
     "env.kwargs": Observer(turn_with_two_calls, ("{{}}", "{{max_calls_per_turn: 1}}")),
     "reward.name": Observer(score, ("math", "observers.environment:Constant")),
     "reward.kwargs": Observer(score, ("{{}}", "{{correct: 2.0}}")),
-    f"{_SANDBOX}.backend": Observer(backend, ("auto", "remote"), (f"{_SANDBOX}.url=http://127.0.0.1:9",)),
+    f"{_SANDBOX}.backend": Observer(backend, ("auto", "remote"), (_NOBODY_THERE,)),
     f"{_SANDBOX}.memory_mb": Observer(programs("x = bytearray(200 << 20)"), ("1024", "64")),
     f"{_SANDBOX}.cpu_s": Observer(programs("while True: pass"), ("0.2", "0.3")),
     f"{_SANDBOX}.wall_s": Observer(programs("import time; time.sleep(60)"), ("0.3", "0.5"), (f"{_SANDBOX}.cpu_s=0.2",)),
@@ -135,5 +136,5 @@ OBSERVERS: Observers = {
     f"{_SANDBOX}.max_restarts": Observer(after_a_death, ("1", "0")),
     f"{_SANDBOX}.preload": Observer(programs(_MODULES), ("[]", "[fractions]")),
     f"{_SANDBOX}.url": Observer(programs("1"), ("http://127.0.0.1:9", "http://127.0.0.1:9/other"), _REMOTE),
-    f"{_SANDBOX}.remote_retries": Observer(programs("1"), ("0", "1"), (_REMOTE[0], f"{_SANDBOX}.url=http://127.0.0.1:9")),
+    f"{_SANDBOX}.remote_retries": Observer(programs("1"), ("0", "1"), (_REMOTE[0], _NOBODY_THERE)),
 }

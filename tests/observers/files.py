@@ -14,6 +14,7 @@ def make_files(folder: Path) -> None:
     for seed, name in enumerate(("model", "other_model")):
         make_tiny_model(folder / name, seed=seed, **sizes)
     tasks = [{"id": str(i), "problem": f"What is {i} + {i}?", "answer": 2 * i} for i in range(3)]
-    talks = [{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": str(i)}]} for i in range(3)]
+    pairs = [(f"Say {i}.", str(i)) for i in range(3)]
+    talks = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in pairs]
     for name, rows in (("tasks", tasks), ("talks", talks)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

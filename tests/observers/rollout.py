@@ -41,7 +41,8 @@ def engine_steps(config: Config, scratch: Path) -> Any:
         async def all_of_them() -> None:
             sampling = SamplingParams(4)
             prompts = [tuple(range(10, 30 + 10 * i)) for i in range(6)]
-            await asyncio.gather(*(engine.generate(GenerateRequest(f"r{i}", p, sampling, i)) for i, p in enumerate(prompts)))
+            requests = [GenerateRequest(f"r{i}", prompt, sampling, i) for i, prompt in enumerate(prompts)]
+            await asyncio.gather(*map(engine.generate, requests))
 
         agents.collector._runner.run(all_of_them())
         return engine.stats.num_steps
@@ -52,6 +53,7 @@ def tool_episode(config: Config, scratch: Path) -> Any:
     return episode(config, ["1", "2", "\\boxed{3}"])
 
 
+_LONG = ("data.max_response_length=200",)
 _VALIDATES = ("trainer.test_freq=1",)
 OBSERVERS: Observers = {
     f"{_ROLLOUT}.name": refused("embedded", "sglang"),
@@ -61,8 +63,8 @@ OBSERVERS: Observers = {
     f"{_ROLLOUT}.top_k": refused("-1", "20"),
     f"{_ROLLOUT}.max_num_seqs": Observer(engine_steps, ("8", "2"), NO_SANDBOX),
     f"{_ROLLOUT}.max_model_len": Observer(engine_steps, ("null", "64"), NO_SANDBOX),
-    f"{_ROLLOUT}.multi_turn.max_assistant_turns": Observer(tool_episode, ("3", "2"), ("data.max_response_length=200",)),
-    f"{_ROLLOUT}.multi_turn.max_tool_response_length": Observer(tool_episode, ("256", "24"), ("data.max_response_length=200",)),
+    f"{_ROLLOUT}.multi_turn.max_assistant_turns": Observer(tool_episode, ("3", "2"), _LONG),
+    f"{_ROLLOUT}.multi_turn.max_tool_response_length": Observer(tool_episode, ("256", "24"), _LONG),
     f"{_ROLLOUT}.val_kwargs.n": Observer(val_tasks, ("1", "2"), _VALIDATES),
     f"{_ROLLOUT}.val_kwargs.temperature": Observer(val_tasks, ("1.0", "0.0"), _VALIDATES),
     f"{_ROLLOUT}.val_kwargs.top_p": Observer(val_tasks, ("1.0", "0.9"), _VALIDATES),

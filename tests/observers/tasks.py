@@ -15,7 +15,8 @@ def _prompts(split: Literal["train", "val"]) -> Any:
     def observe(config: Config, scratch: Path) -> Any:
         from spear_megatron.data.prompts import load_prompts
 
-        return [(prompt.task_id, prompt.messages[0]["content"], prompt.answer) for prompt in load_prompts(config.data, split)]
+        prompts = load_prompts(config.data, split)
+        return [(prompt.task_id, prompt.messages[0]["content"], prompt.answer) for prompt in prompts]
 
     return observe
 
