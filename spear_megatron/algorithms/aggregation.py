@@ -8,7 +8,7 @@ seq-mean-token-mean (GRPO, arXiv 2402.03300, equation 3), seq-mean-token-sum, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,34 +23,57 @@ AGGREGATION_MODES: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Size of one row set of one optimizer step, over all ranks.
+    """Size of one row set of one optimizer step, over all ranks. A row is a trajectory, all its segments together.
 
     Attributes:
-        num_rows: B; rows whose mask is empty count, padding never does.
-        num_tokens: sampled tokens.
+        row_tokens: sampled tokens of every row by its id; rows whose mask is empty are there, padding never is.
     """
 
-    num_rows: int
-    num_tokens: int
+    row_tokens: Mapping[Hashable, int]
+
+    @property
+    def num_rows(self) -> int:
+        """B of the means over rows."""
+        return len(self.row_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens."""
+        return sum(self.row_tokens.values())
 
 
-def count_totals(masks: Sequence[torch.Tensor], reduce_sum: Callable[[torch.Tensor], torch.Tensor]) -> Totals:
-    """Totals of the rows whose masks (bool [n_i]) this data-parallel rank holds.
-
-    ``reduce_sum`` adds an int64 [2] tensor over the data-parallel ranks (identity on one).
-    """
-    local = torch.tensor([len(masks), sum(int(mask.sum()) for mask in masks)], dtype=torch.int64)
-    num_rows, num_tokens = reduce_sum(local).tolist()
-    return Totals(num_rows=int(num_rows), num_tokens=int(num_tokens))
-
-
-def token_weights(mask: torch.Tensor, *, mode: str, totals: Totals, max_response_length: int) -> torch.Tensor:
-    """Weight of every token of one row; the aggregate of x is the sum over all rows of weight * x.
+def count_totals(
+    rows: Sequence[Hashable],
+    masks: Sequence[torch.Tensor],
+    gather: Callable[[dict[Hashable, int]], Sequence[Mapping[Hashable, int]]] = lambda own: [own],
+) -> Totals:
+    """Totals of a row set, given this data-parallel rank's share of its segments.
 
     Args:
-        mask: bool [n], the row's sampled tokens.
+        rows: id of the row that each segment belongs to; the segments of a row may be on different ranks.
+        masks: bool [n_i], the sampled tokens of each segment.
+        gather: the dictionaries of all data-parallel ranks, in rank order (default: there is one rank).
+    """
+    own: dict[Hashable, int] = {}
+    for row, mask in zip(rows, masks, strict=True):
+        own[row] = own.get(row, 0) + int(mask.sum())
+    tokens: dict[Hashable, int] = {}
+    for part in gather(own):
+        for row, count in part.items():
+            tokens[row] = tokens.get(row, 0) + count
+    return Totals(tokens)
+
+
+def token_weights(
+    mask: torch.Tensor, *, row: Hashable, mode: str, totals: Totals, max_response_length: int
+) -> torch.Tensor:
+    """Weight of every token of one segment; the aggregate of x is the sum over all segments of weight * x.
+
+    Args:
+        mask: bool [n], the segment's sampled tokens.
+        row: id of the row that it belongs to.
         mode: a name of :data:`AGGREGATION_MODES`.
-        totals: of the row set that normalises this row (replayed rows have their own).
+        totals: of the row set that normalises this segment (replayed rows have their own).
         max_response_length: the constant L of seq-mean-token-sum-norm, in tokens.
 
     Returns:
@@ -62,15 +85,14 @@ def token_weights(mask: torch.Tensor, *, mode: str, totals: Totals, max_response
         ValueError: unknown ``mode``.
     """
     weights = torch.zeros(len(mask), dtype=torch.float32)
-    row_tokens = int(mask.sum())
-    if row_tokens == 0:
+    if not mask.any():
         return weights
     if mode == "token-mean":
         normaliser = totals.num_tokens
     elif mode == "seq-mean-token-sum":
         normaliser = totals.num_rows
     elif mode == "seq-mean-token-mean":
-        normaliser = totals.num_rows * row_tokens
+        normaliser = totals.num_rows * totals.row_tokens[row]
     elif mode == "seq-mean-token-sum-norm":
         normaliser = totals.num_rows * max_response_length
     else:

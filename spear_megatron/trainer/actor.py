@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from spear_megatron.algorithms.aggregation import Totals, count_totals, token_we
 from spear_megatron.data.packing import WeightedRow, pack, packed_length, plan_packing, row_key, unpack
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.kernels import token_logprobs
-from spear_megatron.parallel.agreement import agree_any
+from spear_megatron.parallel.agreement import agree_any, gather_objects
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.trainer.config import ActorConfig
 from spear_megatron.trainer.figures import Figures, StepFigures, reduce_figures
@@ -146,14 +147,15 @@ class Actor:
                 )
 
     def _totals(self, rows: Sequence[Row]) -> Totals:
-        return count_totals([row.response_mask for row in rows], self._sum_over_leaders)
+        return count_totals([row.trajectory for row in rows], [row.response_mask for row in rows], self._of_all_leaders)
 
     def _weigh(self, rows: Sequence[Row], totals: Totals, mode: str) -> list[WeightedRow]:
-        length = self._max_response_length
-        return [
-            WeightedRow(row, token_weights(row.response_mask, mode=mode, totals=totals, max_response_length=length))
-            for row in rows
-        ]
+        constants: dict[str, Any] = {
+            "mode": mode,
+            "totals": totals,
+            "max_response_length": self._max_response_length,
+        }
+        return [WeightedRow(row, token_weights(row.response_mask, row=row.trajectory, **constants)) for row in rows]
 
     def _gradients(
         self,
@@ -250,12 +252,8 @@ class Actor:
         )
         return pack(ordered, plan)
 
-    def _sum_over_leaders(self, values: torch.Tensor) -> torch.Tensor:
-        if not self._parallel.is_leader:
-            values = torch.zeros_like(values)
-        if self._parallel.world_size > 1:
-            dist.all_reduce(values, group=self._parallel.cpu_group)
-        return values
+    def _of_all_leaders(self, own: dict[Hashable, int]) -> list[dict[Hashable, int]]:
+        return gather_objects(self._parallel, own if self._parallel.is_leader else {})
 
     def _max_over_ranks(self, count: int) -> int:
         value = torch.tensor(count, dtype=torch.int64)

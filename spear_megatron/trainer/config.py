@@ -57,7 +57,8 @@ class ActorConfig:
         ppo_max_token_len_per_gpu: token budget of one packed micro-batch.
         clip_ratio: PPO clip range; ``clip_ratio_low`` and ``clip_ratio_high`` replace it on their side when set.
         clip_ratio_c: dual-clip bound for negative advantages.
-        loss_agg_mode: a name of :data:`spear_megatron.algorithms.aggregation.AGGREGATION_MODES`.
+        loss_agg_mode: a name of :data:`spear_megatron.algorithms.aggregation.AGGREGATION_MODES`; the seq-means are over
+            trajectories, all segments of one together.
         entropy_coeff: weight of the entropy bonus, the mean over sampled tokens.
         use_kl_loss, kl_loss_coef, kl_loss_type: KL to the initial weights in the loss, aggregated like the surrogate.
         kernels: ``auto`` takes the compiled kernels where they serve, ``eager`` plain torch.

@@ -78,6 +78,8 @@ def plain_torch_step(folder: str, mode: str) -> dict[str, Any]:
     rows, _ = with_trainer_log_probs(actor, make_rows())
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     num_tokens = sum(int(row.response_mask.sum()) for row in rows)
+    members = [row.trajectory for row in rows]
+    tokens_of = {m: sum(int(row.response_mask.sum()) for row in rows if row.trajectory == m) for m in members}
     policy = kl_sum = entropy_sum = torch.zeros(())
     for row in rows:
         mask = row.response_mask[1:]
@@ -94,9 +96,9 @@ def plain_torch_step(folder: str, mode: str) -> dict[str, Any]:
         kl = reverse.exp() - reverse - 1
         scale = {
             "token-mean": 1 / num_tokens,
-            "seq-mean-token-sum": 1 / len(rows),
-            "seq-mean-token-mean": 1 / (len(rows) * int(mask.sum())),
-            "seq-mean-token-sum-norm": 1 / (len(rows) * MAX_RESPONSE_LENGTH),
+            "seq-mean-token-sum": 1 / len(tokens_of),
+            "seq-mean-token-mean": 1 / (len(tokens_of) * tokens_of[row.trajectory]),
+            "seq-mean-token-sum-norm": 1 / (len(tokens_of) * MAX_RESPONSE_LENGTH),
         }[mode]
         policy = policy - scale * surrogate.sum()
         kl_sum = kl_sum + scale * kl.sum()

@@ -48,7 +48,10 @@ LAYOUTS = (
 
 
 def make_rows(count: int = 14, seed: int = 0) -> list[Row]:
-    """Ragged multi-turn rows; one has an empty mask, as a filtered trajectory has. No trainer log-probs yet."""
+    """Ragged multi-turn rows; one has an empty mask, as a filtered trajectory has. No trainer log-probs yet.
+
+    Rows 9 and 10 are two segments of one trajectory.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for number in range(count):
@@ -58,10 +61,11 @@ def make_rows(count: int = 14, seed: int = 0) -> list[Row]:
         mask = torch.cat([torch.zeros(prompt, dtype=torch.bool), torch.rand(response, generator=generator) < 0.7])
         mask &= number != 5
         advantage = float(torch.randn(1, generator=generator))
+        first = 9 if number == 10 else number
         rows.append(
             Row(
-                trajectory=TrajectoryId(1, number // 4, number % 4),
-                segment=0,
+                trajectory=TrajectoryId(1, first // 4, first % 4),
+                segment=number - first,
                 ids=torch.randint(0, VOCAB, (n,), generator=generator, dtype=torch.int32),
                 response_mask=mask,
                 rollout_log_probs=-4 * torch.rand(n, generator=generator) * mask,

@@ -132,22 +132,37 @@ def test_weights_aggregate_like_the_definition_on_any_split(
     masks = [[m for m, _ in row] for row in rows]
     values = [[v for _, v in row] for row in rows]
     tensors = [torch.tensor(mask) for mask in masks]
-    counts = [count_totals(part, lambda local: local) for part in (tensors[:cut], tensors[cut:])]
-    totals = Totals(sum(c.num_rows for c in counts), sum(c.num_tokens for c in counts))
+    ids = range(len(rows))
+    parts = [count_totals(ids[part], tensors[part]) for part in (slice(cut), slice(cut, None))]
+    totals = count_totals((), (), lambda own: [own, *(part.row_tokens for part in parts)])
+    constants = {"mode": mode, "totals": totals, "max_response_length": length}
     total = sum(
-        float((token_weights(m, mode=mode, totals=totals, max_response_length=length).double() * torch.tensor(v)).sum())
-        for m, v in zip(tensors, values, strict=True)
+        float((token_weights(m, row=i, **constants).double() * torch.tensor(v)).sum())
+        for i, m, v in zip(ids, tensors, values, strict=True)
     )
     assert total == pytest.approx(slow_aggregate(mode, masks, values, length), rel=1e-5, abs=1e-5)
 
 
 def test_empty_rows_count_in_the_denominator() -> None:
-    totals = Totals(num_rows=4, num_tokens=2)
     mask = torch.tensor([False, True, True])
-    weights = token_weights(mask, mode="seq-mean-token-mean", totals=totals, max_response_length=1)
+    totals = count_totals("abcd", [mask, ~mask & False, ~mask & False, ~mask & False])
+    weights = token_weights(mask, row="a", mode="seq-mean-token-mean", totals=totals, max_response_length=1)
     assert weights.tolist() == [0.0, 0.125, 0.125]
+
+
+@pytest.mark.parametrize("mode", AGGREGATION_MODES)
+def test_segments_of_a_trajectory_weigh_as_one_row(mode: str) -> None:
+    """A trajectory whose prompt is rebuilt counts like one that grew: not once per segment."""
+    parts = [torch.tensor([False, True, True]), torch.tensor([False, True])]
+    other = torch.tensor([False, True])
+    whole = count_totals(["a", "b"], [torch.cat(parts), other])
+    split = count_totals(["a"], parts[:1], lambda own: [own, {"b": 1, "a": 1}])
+    assert (split.num_rows, split.num_tokens) == (2, 4)
+    expected = token_weights(torch.cat(parts), row="a", mode=mode, totals=whole, max_response_length=9)
+    weights = [token_weights(part, row="a", mode=mode, totals=split, max_response_length=9) for part in parts]
+    assert torch.equal(torch.cat(weights), expected)
 
 
 def test_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="token-mean"):
-        token_weights(torch.tensor([True]), mode="mean", totals=Totals(1, 1), max_response_length=1)
+        token_weights(torch.tensor([True]), row="a", mode="mean", totals=Totals({"a": 1}), max_response_length=1)

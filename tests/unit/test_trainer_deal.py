@@ -72,8 +72,9 @@ def test_rows_without_sampled_tokens_are_kept_and_infrastructure_failures_are_no
 )
 def test_such_rows_count_in_means_over_rows_alone(mode: str, weight: float) -> None:
     rows = dealt(one_rank_run(), [[4, 0], [INFRASTRUCTURE, 2]])
-    totals = count_totals([row.response_mask for row in rows], lambda values: values)
-    weights = token_weights(rows[0].response_mask, mode=mode, totals=totals, max_response_length=8)
+    totals = count_totals([row.trajectory for row in rows], [row.response_mask for row in rows])
+    mask, row = rows[0].response_mask, rows[0].trajectory
+    weights = token_weights(mask, row=row, mode=mode, totals=totals, max_response_length=8)
     assert weights[PROMPT_LENGTH:].tolist() == pytest.approx([weight] * 4)
 
 
