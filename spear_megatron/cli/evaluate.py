@@ -60,7 +60,7 @@ def check_out(out: Path) -> None:
     from spear_megatron.observability.record import RECORD_NAME
 
     if (out / RECORD_NAME).exists():
-        raise ValueError(f"--out {out} is the directory of a run, whose trajectories would be lost: give another folder")
+        raise ValueError(f"--out {out} is the directory of a run, whose trajectories would go: give another folder")
 
 
 def evaluate_folder(config: Config, out: Path) -> None:

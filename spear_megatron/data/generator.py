@@ -23,7 +23,7 @@ _MAX_MISSES = 2_000  # draws without a new problem after which a level counts as
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """``program`` prints ``answer``; ``wrong_program`` misreads the operation and prints ``wrong_answer``, another number."""
+    """``program`` prints ``answer``; ``wrong_program`` misreads the operation and prints ``wrong_answer``."""
 
     id: str
     text: str

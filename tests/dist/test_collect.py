@@ -32,7 +32,7 @@ def _trajectory(trajectory_id: TrajectoryId) -> Trajectory:
 async def _roll_out(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
     await asyncio.sleep(0)
     return [
-        Group(prompt, tuple(_trajectory(TrajectoryId(tasks.step, index, sample)) for sample in range(tasks.num_samples)))
+        Group(prompt, tuple(_trajectory(TrajectoryId(tasks.step, index, k)) for k in range(tasks.num_samples)))
         for index, prompt in own
     ]
 
@@ -80,7 +80,8 @@ def _collect(tp: int, failing_rank: int | None = None) -> tuple[list[tuple[int, 
 def _wait_for_silent_leader() -> str:
     parallel = initialize(2, 1)
     try:
-        collector = Collector(parallel, _silent if parallel.is_leader else None, leaders=[0], timeout_s=0.5, grace_s=0.0)
+        run_groups = _silent if parallel.is_leader else None
+        collector = Collector(parallel, run_groups, leaders=[0], timeout_s=0.5, grace_s=0.0)
         try:
             collector.collect(TASKS)
         except (TimeoutError, RuntimeError) as error:
