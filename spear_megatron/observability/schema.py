@@ -34,7 +34,7 @@ _ACTOR = (
     Metric("actor/ppo_kl", "mean of old_logp - logp over response tokens", "nats"),
     Metric("actor/entropy", "mean entropy of the policy over response tokens, before the update", "nats"),
     Metric("actor/kl_loss", "mean KL estimate to the reference policy in the loss", "nats"),
-    Metric("actor/reward_kl_penalty", "KL penalty per trajectory: coefficient times the KL summed over tokens", "reward"),
+    Metric("actor/reward_kl_penalty", "KL penalty per trajectory: coefficient times its KL over all tokens", "reward"),
     Metric("actor/grad_norm", "global norm of the gradient before clipping, mean over optimizer steps", "norm"),
     Metric("actor/lr", "learning rate, mean over optimizer steps", "ratio"),
     Metric("actor/ref_kl", "mean KL estimate to the reference policy over response tokens", "nats"),
