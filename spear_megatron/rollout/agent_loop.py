@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import traceback
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -82,7 +83,8 @@ async def run_episode(
     if not trajectory.valid:
         return trajectory
     try:
-        parts = await _outside("reward", reward(prompt, trajectory))
+        parts = await _outside("reward", RewardParts, reward, prompt, trajectory)
+        parts = _plain(parts)
     except _InfrastructureError as failure:
         return dataclasses.replace(trajectory, stop_reason=StopReason.INFRASTRUCTURE, error=str(failure))
     return dataclasses.replace(trajectory, reward=parts)
@@ -124,7 +126,7 @@ class _Episode:
 
     async def play(self) -> StopReason:
         """Alternate turns and steps until the episode ends."""
-        observation = await _outside("environment reset", self._environment.reset(self._prompt))
+        observation = await _outside("environment reset", Observation, self._environment.reset, self._prompt)
         self._open_segment(observation)
         while True:
             segment = self._segments[-1]
@@ -139,7 +141,7 @@ class _Episode:
             if result.finish_reason == "length":
                 return StopReason.LENGTH
             turn = parse_turn(text, finished=True)
-            step = await _outside("environment step", self._environment.step(turn))
+            step = await _outside("environment step", StepResult, self._environment.step, turn)
             self._count(step)
             if step.done:
                 return StopReason.VOID_TURN if step.void else StopReason.ANSWER
@@ -199,7 +201,7 @@ class _Episode:
     def _count(self, step: StepResult) -> None:
         self._num_tool_calls += step.num_tool_calls
         self._num_tool_failures += step.num_tool_failures
-        self._environment_reward += step.reward
+        self._environment_reward += float(step.reward)
         if step.error is not None:
             raise _InfrastructureError(step.error)
         if not (step.done or step.messages or step.observation):
@@ -287,14 +289,33 @@ def _shortened(message: Mapping[str, Any], max_chars: int) -> Mapping[str, Any]:
     return {**message, "content": truncate_middle(content, max_chars)}
 
 
-async def _outside(what: str, call: Awaitable[T]) -> T:
-    """Await code of an environment or a reward; whatever it raises is an infrastructure failure with its place."""
+async def _outside(what: str, kind: type[T], call: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """Await code of an environment or a reward; whatever it raises is an infrastructure failure with its place.
+
+    So is a result that is not of the ``kind`` that the protocol asks for.
+    """
     try:
-        return await call
+        result = await call(*args)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.filename.rpartition('/')[2]}:{place.lineno}"
         raise _InfrastructureError(f"{what}: {type(error).__name__}: {error} ({where})") from error
+    if not isinstance(result, kind):
+        raise _InfrastructureError(f"{what}: it must return {kind.__name__}, not {type(result).__name__}")
+    return result
+
+
+def _plain(parts: RewardParts) -> RewardParts:
+    """The parts as Python numbers (a reward may compute them with numpy or torch), which must be finite."""
+    try:
+        plain = RewardParts(
+            float(parts.outcome), int(parts.num_tool_calls), float(parts.penalty), bool(parts.success)
+        )
+    except (TypeError, ValueError) as error:
+        raise _InfrastructureError(f"reward: {parts} must hold numbers ({error})") from error
+    if not (math.isfinite(plain.outcome) and math.isfinite(plain.penalty)):
+        raise _InfrastructureError(f"reward: outcome {plain.outcome} and penalty {plain.penalty} must be finite")
+    return plain
 
 
 async def _close(environment: Environment, trajectory_id: TrajectoryId) -> None:

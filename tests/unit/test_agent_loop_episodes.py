@@ -15,7 +15,7 @@ from spear_megatron.environments.sandbox.protocol import ExecutionResult, Execut
 from spear_megatron.rewards.math import MathReward
 from spear_megatron.rollout.agent_loop import EpisodeLimits, run_episode, truncate_middle
 from spear_megatron.rollout.engine import EngineError, GenerateResult, SamplingParams
-from spear_megatron.types import Prompt, StopReason, Trajectory, TrajectoryId
+from spear_megatron.types import Prompt, RewardParts, StopReason, Trajectory, TrajectoryId
 
 PROMPT = Prompt("sum", ({"role": "user", "content": "What is 34 + 57?"},), answer="91")
 ID = TrajectoryId(2, 5, 1)
@@ -261,6 +261,49 @@ def test_environment_failure_is_infrastructure(where: str) -> None:
 def test_reward_failure_is_infrastructure() -> None:
     trajectory = play([ANSWER], reward=Broken(""))
     assert trajectory.stop_reason is StopReason.INFRASTRUCTURE and "scorer down" in str(trajectory.error)
+
+
+async def nan_reward(prompt: Prompt, trajectory: Trajectory) -> RewardParts:
+    return RewardParts(outcome=float("nan"))
+
+
+async def number_reward(prompt: Prompt, trajectory: Trajectory) -> float:
+    return 1.0
+
+
+def plain_reward(prompt: Prompt, trajectory: Trajectory) -> RewardParts:
+    raise KeyError("answer")
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        (nan_reward, "reward: outcome nan and penalty 0.0 must be finite"),
+        (number_reward, "reward: it must return RewardParts, not float"),
+        (plain_reward, "reward: KeyError: 'answer' (test_agent_loop_episodes.py:"),
+    ],
+)
+def test_a_reward_that_breaks_its_contract_is_named(reward: Any, words: str) -> None:
+    trajectory = play([ANSWER], reward=reward)
+    assert trajectory.stop_reason is StopReason.INFRASTRUCTURE and words in str(trajectory.error)
+
+
+def test_rewards_are_kept_as_plain_numbers() -> None:
+    async def tensors(prompt: Prompt, trajectory: Trajectory) -> RewardParts:
+        return RewardParts(outcome=torch.tensor(0.5), penalty=torch.tensor(-0.25), success=torch.tensor(True))
+
+    reward = play([ANSWER], reward=tensors).reward
+    assert reward == RewardParts(0.5, 0, -0.25, True)
+    assert json.dumps([reward.outcome, reward.penalty, reward.success]) == "[0.5, -0.25, true]"
+
+
+def test_an_environment_that_breaks_its_contract_is_named() -> None:
+    class Forgetful(CodeInterpreterEnvironment):
+        async def step(self, turn: Turn) -> Any:
+            return None
+
+    trajectory = play([ANSWER], environment=Forgetful(sandbox=FakeSandbox()))
+    assert trajectory.error == "environment step: it must return StepResult, not NoneType"
 
 
 def test_failing_close_is_reported_and_not_scored(caplog: pytest.LogCaptureFixture) -> None:
