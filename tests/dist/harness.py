@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import multiprocessing
 import os
@@ -125,6 +126,8 @@ def _serve(index: int, jobs: Any, results: Any) -> None:
             results.put((True, _call(module, name, args)))
         except BaseException:  # noqa: BLE001  every failure, SystemExit included, belongs in the test's report
             results.put((False, traceback.format_exc()))
+        # A process group lives in cycles with the model it served; each one left behind keeps a polling gloo thread.
+        gc.collect()
 
 
 def _call(module: str, name: str, args: tuple) -> Any:
