@@ -15,13 +15,15 @@ from spear_megatron.model.hf_folder import INDEX_NAME, SINGLE_NAME
 from spear_megatron.model.hf_io import iter_hf_tensors
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.observability.files import sync_path
-from spear_megatron.parallel.agreement import gather_objects
+from spear_megatron.parallel.agreement import forget_heartbeat, gather_objects, heartbeat, wait_for_leaders
 from spear_megatron.parallel.state import ParallelState
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
 
 MAX_SHARD_BYTES = 5 * 10**9
+TIMEOUT_S = 6 * 3600.0
+"""Deadline of one export."""
 COMPANION_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -55,16 +57,21 @@ def export_hf(
 
     Raises:
         OSError: on every rank alike, when the writer failed (disk full, no permission); says why.
+        RunTimeout: the writer was not heard of, or took longer than ``TIMEOUT_S``.
     """
-    problem = None
+    problem, phase = None, f"export to {out_dir}"
     if parallel.dp_rank == 0:
         tensors = iter_hf_tensors(model_chunks, shape, parallel, dtype=dtype)
         if parallel.rank == 0:
             kept = dtype or next(iter(model_chunks[0].parameters())).dtype
-            problem = _write(tensors, shape, Path(out_dir), Path(source_folder), kept, max_shard_bytes)
+            with heartbeat(parallel, phase):
+                problem = _write(tensors, shape, Path(out_dir), Path(source_folder), kept, max_shard_bytes)
         for _ in tensors:  # ranks that only send; the writer, too, must finish after a failure or the others hang
             pass
+    if parallel.rank != 0:  # writing a large model takes longer than a collective may
+        wait_for_leaders(parallel, phase, [0], TIMEOUT_S)
     problem = gather_objects(parallel, problem)[0]
+    forget_heartbeat(parallel, phase)
     if problem is not None:
         raise OSError(f"exporting the model to {out_dir} failed: {problem}")
 

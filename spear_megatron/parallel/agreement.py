@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
+import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -66,22 +66,31 @@ def gather_objects(parallel: ParallelState, value: T) -> list[T]:
     return values
 
 
-async def with_heartbeat(parallel: ParallelState, phase: str, work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` on a leader while telling waiting peers, through the store, that this rank is alive."""
-    key = f"{phase}/{parallel.rank}"
+@contextlib.contextmanager
+def heartbeat(parallel: ParallelState, phase: str) -> Iterator[None]:
+    """Tell peers in :func:`wait_for_leaders`, through the store, that this rank is alive while the body works.
 
-    async def beat() -> None:
+    A thread of its own does it, so that a long computation passes for no death.
+    """
+    if parallel.world_size == 1:
+        yield
+        return
+    key, over = f"{phase}/{parallel.rank}", threading.Event()
+
+    def beat() -> None:
         for count in itertools.count():
             parallel.store.set(f"{key}/beat", str(count))
-            await asyncio.sleep(HEARTBEAT_S)
+            if over.wait(HEARTBEAT_S):
+                return
 
-    beating = asyncio.create_task(beat()) if parallel.world_size > 1 else None
+    thread = threading.Thread(target=beat, name=f"heartbeat-{phase}", daemon=True)
+    thread.start()
     try:
-        return await work
+        yield
     finally:
-        if beating is not None:
-            beating.cancel()
-            parallel.store.set(f"{key}/done", "1")
+        over.set()
+        thread.join()
+        parallel.store.set(f"{key}/done", "1")
 
 
 def wait_for_leaders(parallel: ParallelState, phase: str, leaders: list[int], timeout_s: float) -> None:
@@ -108,10 +117,11 @@ def wait_for_leaders(parallel: ParallelState, phase: str, leaders: list[int], ti
 
 
 def forget_heartbeat(parallel: ParallelState, phase: str) -> None:
-    """Remove this rank's signs of ``phase`` from the store, after a collective that follows the wait on every rank.
+    """Remove every sign of ``phase`` from the store, so that it may come again and the store does not grow.
 
-    The phase may then come again, and the store does not grow.
+    Collective, after another collective that follows the wait: no rank may still look for the signs.
     """
     if parallel.world_size > 1:
         for sign in ("beat", "done"):
             parallel.store.delete_key(f"{phase}/{parallel.rank}/{sign}")
+        gather_objects(parallel, None)

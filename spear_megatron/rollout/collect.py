@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from spear_megatron.data.index import IndexRow, gather_index
-from spear_megatron.parallel.agreement import agree_ok, forget_heartbeat, wait_for_leaders, with_heartbeat
+from spear_megatron.parallel.agreement import agree_ok, forget_heartbeat, heartbeat, wait_for_leaders
 from spear_megatron.parallel.errors import RunError
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rollout.engine import SamplingParams
@@ -78,7 +78,8 @@ class Collector:
         if self._run_groups is not None:
             own = share_of(tasks.prompts, tasks.step, self._parallel.dp_rank, self._parallel.dp_size)
             try:
-                groups = self._runner.run(with_heartbeat(self._parallel, phase, self._roll_out(tasks, own)))
+                with heartbeat(self._parallel, phase):
+                    groups = self._runner.run(self._roll_out(tasks, own))
             except Exception as error:  # also one of the user's code: every rank stops, with its message
                 failure = error
         if self._parallel.world_size > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from harness import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_hf
 
+from spear_megatron.model import hf_export
 from spear_megatron.model.hf_export import export_hf
 from spear_megatron.model.hf_folder import INDEX_NAME, SINGLE_NAME
 from spear_megatron.model.hf_io import iter_hf_tensors, load_hf_folder
@@ -171,6 +173,22 @@ def test_a_failed_export_leaves_the_older_folder_alone(config: str | None, tmp_p
     out.rename(out.with_name(".out.old"))  # as after a kill between the two renames of an export
     run_ranks(_export_fails, 2, folder, out, source)
     assert [path.name for path in out.parent.iterdir()] == ["out"] and (out / "keep").read_text() == "old"
+
+
+def _export_slowly(folder: Path, out: Path, seconds: float) -> None:
+    parallel = initialize(timeout_s=seconds / 2)
+    shape = ModelShape.from_folder(folder)
+    chunks = build_model(shape, MegatronConfig(), dtype=torch.float32, parallel=parallel)
+    load_hf_folder(chunks, shape, folder, parallel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_export, "copy_companions", lambda *folders: time.sleep(seconds))
+        export_hf(chunks, shape, parallel, out, folder)
+        export_hf(chunks, shape, parallel, out, folder)
+
+
+def test_writing_may_take_longer_than_a_collective(tmp_path: Path) -> None:
+    run_ranks(_export_slowly, 2, make_tiny_hf(tmp_path / "m"), tmp_path / "out", 6.0)
+    assert (tmp_path / "out" / SINGLE_NAME).exists()
 
 
 def _wrong_sizes(folder: Path) -> None:
