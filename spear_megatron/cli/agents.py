@@ -145,9 +145,9 @@ def _leader_agents(
     config: Config, renderer: ChatRenderer, shape: ModelShape, collector: Callable[[RunGroups], Collector]
 ) -> Agents:
     rollout = config.actor_rollout_ref.rollout
-    make_environment, sandbox = open_environment(config)
-    engine = EmbeddedEngine(shape, max_num_seqs=rollout.max_num_seqs, max_model_len=max_model_len(config))
     reward = build_reward(config.reward)
+    engine = EmbeddedEngine(shape, max_num_seqs=rollout.max_num_seqs, max_model_len=max_model_len(config))
+    make_environment, sandbox = open_environment(config)  # last: it starts processes, which a failure would leave
 
     async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
         runner = EpisodeRunner(
