@@ -181,13 +181,14 @@ _QUOTIENT = ("print({} // {})", _quotient)
 _GCD = ("import math\nprint(math.gcd({}, {}))", math.gcd)
 _LCM = ("import math\nprint(math.lcm({}, {}))", math.lcm)
 
+# A slip is never mutual (add -> multiply -> subtract -> add): an imitator of mistakes still has to read the operation.
 FAMILIES: tuple[Family, ...] = (
-    Family("add2", 1, _digits(2, 2), "What is {} + {}?", *_ADD, *_SUBTRACT),
+    Family("add2", 1, _digits(2, 2), "What is {} + {}?", *_ADD, *_MULTIPLY),
     Family("sub2", 1, _digits(2, 2), "What is {} - {}?", *_SUBTRACT, *_ADD),
-    Family("mul1", 1, _digits(3, 1), "What is {} * {}?", *_MULTIPLY, *_ADD),
-    Family("add3", 2, _digits(3, 3), "What is {} + {}?", *_ADD, *_SUBTRACT),
+    Family("mul1", 1, _digits(3, 1), "What is {} * {}?", *_MULTIPLY, *_SUBTRACT),
+    Family("add3", 2, _digits(3, 3), "What is {} + {}?", *_ADD, *_MULTIPLY),
     Family("sub3", 2, _digits(3, 3), "What is {} - {}?", *_SUBTRACT, *_ADD),
-    Family("mul2", 2, _digits(2, 2), "What is {} * {}?", *_MULTIPLY, *_ADD),
+    Family("mul2", 2, _digits(2, 2), "What is {} * {}?", *_MULTIPLY, *_SUBTRACT),
     Family("mod", 2, _digits(3, 2), "What is {} modulo {}?", *_REMAINDER, *_QUOTIENT),
     Family(
         "expr3", 3, _digits(2, 2, 2), "What is ({} + {}) * {}?",
@@ -199,9 +200,9 @@ FAMILIES: tuple[Family, ...] = (
         "print({} * {} - {} * {})", lambda a, b, c, d: a * b - c * d,
         "print({} * ({} - {}) * {})", lambda a, b, c, d: a * (b - c) * d,
     ),
-    Family("div", 3, _digits(4, 2), "What is the quotient of {} by {}?", *_QUOTIENT, *_REMAINDER),
+    Family("div", 3, _digits(4, 2), "What is the quotient of {} by {}?", *_QUOTIENT, *_MULTIPLY),
     Family("gcd", 4, _multiples, "Find the greatest common divisor of {} and {}.", *_GCD, *_LCM),
-    Family("lcm", 4, _multiples, "Find the least common multiple of {} and {}.", *_LCM, *_GCD),
+    Family("lcm", 4, _multiples, "Find the least common multiple of {} and {}.", *_LCM, *_MULTIPLY),
     Family(
         "digitsum", 4, _digits(3, 3), "Find the digit sum of {} * {}.",
         "print(sum(map(int, str({} * {}))))", lambda a, b: sum(map(int, str(a * b))),
