@@ -64,8 +64,12 @@ class StopFlag:
 
 
 @contextlib.contextmanager
-def open_record(config: Config, parallel: ParallelState, resume_step: int | None) -> Iterator[Recorder]:
+def open_record(
+    config: Config, parallel: ParallelState, resume_step: int | None, console_every: int = 1
+) -> Iterator[Recorder]:
     """The run directory with the resolved configuration and the record, on rank 0; nothing on the others.
+
+    ``console_every``: steps per line on the console; the record holds every step.
 
     Raises:
         ValueError: the record to continue is damaged.
@@ -81,6 +85,7 @@ def open_record(config: Config, parallel: ParallelState, resume_step: int | None
                 trainer.logger,
                 resume_step=resume_step,
                 total_steps=trainer.total_training_steps,
+                console_every=console_every,
             )
     try:
         yield recorder

@@ -54,7 +54,7 @@ def fine_tune(config: Config) -> None:
     examples = load_examples(config, load_renderer(folder))
     with open_parallel(config) as parallel:
         actor, _ = build_actor(config, parallel, shape, optim, steps)
-        with open_record(config, parallel, resume_step=None) as recorder:
+        with open_record(config, parallel, resume_step=None, console_every=max(1, steps // 20)) as recorder:
             train_supervised(
                 SupervisedRun(
                     actor=actor,

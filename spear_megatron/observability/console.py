@@ -41,7 +41,10 @@ def step_line(step: int, metrics: Mapping[str, float]) -> str:
 class ConsoleLog:
     """Shows steps as they come. The progress bar lives below the lines, only on a terminal."""
 
-    def __init__(self, total_steps: int | None, last_step: int, console: Console | None = None) -> None:
+    def __init__(
+        self, total_steps: int | None, last_step: int, console: Console | None = None, every: int = 1
+    ) -> None:
+        self._every, self._total_steps = every, total_steps
         self._console = console or Console(soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
         if self._console.is_terminal:
@@ -51,8 +54,9 @@ class ConsoleLog:
             self._progress.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print the line of ``step`` and move the bar there."""
-        self.message(step_line(step, metrics))
+        """Print the line of every ``every``-th step and of the last one, and move the bar to ``step``."""
+        if step % self._every == 0 or step in (1, self._total_steps):
+            self.message(step_line(step, metrics))
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 

@@ -65,8 +65,9 @@ class RunRecorder:
         loggers: Sequence[str] = LOGGERS,
         resume_step: int | None = None,
         total_steps: int | None = None,
+        console_every: int = 1,
     ) -> None:
-        """``total_steps`` is the length of the progress bar.
+        """``total_steps`` is the length of the progress bar; the console shows every ``console_every``-th step.
 
         Raises:
             ValueError: unknown logger, or a damaged line in the middle of the record to resume.
@@ -79,7 +80,7 @@ class RunRecorder:
         self._stream = self._path.open("ab")
         sync_path(self._run_dir)
         self._tensorboard = self._open_tensorboard(resume_step) if "tensorboard" in loggers else None
-        self._console = ConsoleLog(total_steps, self._last_step) if "console" in loggers else None
+        self._console = ConsoleLog(total_steps, self._last_step, every=console_every) if "console" in loggers else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the line of ``step`` and wait until it is on disk, then show it.
