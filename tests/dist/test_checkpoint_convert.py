@@ -85,6 +85,7 @@ def _train(hf: Path, run_dir: Path, out: Path) -> None:
     export_hf(actor.chunks, ModelShape.from_folder(hf), parallel, out, hf)
 
 
+@pytest.mark.slow
 def test_a_training_checkpoint_exports_like_the_run_itself(tmp_path: Path) -> None:
     hf = make_tiny_hf(tmp_path / "hf")
     run_ranks(_train, 2, hf, tmp_path / "run", tmp_path / "direct")

@@ -153,6 +153,7 @@ def test_one_leaders_failure_stops_every_rank_with_its_message() -> None:
     assert text.count("collect/train/3 failed. rank 1: RuntimeError: the sandbox burned down") >= 2
 
 
+@pytest.mark.slow
 def test_an_error_of_any_kind_stops_every_rank_and_names_its_place() -> None:
     for message in run_ranks(_collect_with, 2, "broken code", 20.0):
         assert "collect/train/3 failed. rank 0: KeyError: 'observation' (test_collect.py:" in message

@@ -186,6 +186,7 @@ def _export_slowly(folder: Path, out: Path, seconds: float) -> None:
         export_hf(chunks, shape, parallel, out, folder)
 
 
+@pytest.mark.slow
 def test_writing_may_take_longer_than_a_collective(tmp_path: Path) -> None:
     run_ranks(_export_slowly, 2, make_tiny_hf(tmp_path / "m"), tmp_path / "out", 6.0)
     assert (tmp_path / "out" / SINGLE_NAME).exists()

@@ -59,6 +59,7 @@ def _fail_on_rank_one() -> None:
         raise ValueError("only rank one is unhappy")
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_is_shown_and_the_next_job_runs() -> None:
     with pytest.raises(RankError, match="only rank one is unhappy"):
         run_ranks(_fail_on_rank_one, 2)

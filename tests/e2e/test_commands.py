@@ -105,6 +105,7 @@ def test_evaluate_reads_a_dataset(run_dir: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["num_problems"] == 2
 
 
+@pytest.mark.slow
 def test_convert_both_ways_is_bit_exact(run_dir: Path, tmp_path: Path) -> None:
     run("convert", "mcore-to-hf", "--mcore", run_dir, "--out", tmp_path / "hf")
     assert_same_model(tmp_path / "hf", run_dir / "hf")
@@ -135,6 +136,7 @@ def test_chat_answers_with_the_tool(run_dir: Path) -> None:
     assert out == run("chat", run_dir, *questions)
 
 
+@pytest.mark.slow
 def test_a_stop_signal_saves_and_the_same_command_continues(run_dir: Path, sft_dir: Path, tmp_path: Path) -> None:
     arguments = train_arguments(sft_dir / "hf", tmp_path)
     with subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.PIPE, text=True) as process:
