@@ -79,8 +79,11 @@ def median_seconds(contestants: dict[str, Callable[[], Any]], samples: int) -> d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def torch_step(folder: str, rows: list[Row]) -> Callable[[], None]:
-    """The same update in plain torch on the transformers model: one padded batch, clipped surrogate, AdamW."""
+def torch_step(folder: str, rows: list[Row], *, with_entropy: bool) -> Callable[[], None]:
+    """The same update in plain torch on the transformers model: one padded batch, clipped surrogate, AdamW.
+
+    ``with_entropy`` also computes the mean entropy of the response tokens, which our step always reports.
+    """
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
@@ -91,6 +94,11 @@ def torch_step(folder: str, rows: list[Row]) -> Callable[[], None]:
 
     def step() -> None:
         logits = model(ids[:, :-1], use_cache=False).logits
+        if with_entropy:
+            with torch.no_grad():
+                distribution = torch.log_softmax(logits, dim=-1)
+                entropy = -(distribution.exp() * distribution).sum(-1)
+                (entropy * mask).sum() / mask.sum()
         log_probs = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         log_probs = log_probs.view_as(mask)
         ratio = (log_probs - log_probs.detach()).exp()
@@ -114,11 +122,16 @@ def our_step(folder: str, rows: list[Row], *, max_tokens: int, world_size: int =
 
 
 def peer_on_rank(folder: str, rows: list[Row], samples: int, threads: int) -> dict[str, float]:
-    """Medians of ours and of transformers + torch, interleaved in this process."""
+    """Medians of ours and of transformers + torch with and without the entropy, interleaved in this process."""
     torch.set_num_threads(threads)
     try:
         ours = our_step(folder, rows, max_tokens=sum(len(row.ids) for row in rows))
-        return median_seconds({"ours": ours, "transformers": torch_step(folder, rows)}, samples)
+        contestants = {
+            "ours": ours,
+            "transformers": torch_step(folder, rows, with_entropy=False),
+            "transformers_entropy": torch_step(folder, rows, with_entropy=True),
+        }
+        return median_seconds(contestants, samples)
     finally:
         torch.set_num_threads(1)
 
@@ -179,10 +192,12 @@ def bench_peer(folders: dict[str, str], models: Models, options: argparse.Namesp
         seconds = run_ranks(peer_on_rank, 1, folder, rows, options.samples, options.threads, deadline_s=1200)[0]
         tokens = count * (length - 1)
         ours, theirs = seconds["ours"], seconds["transformers"]
-        result[name] = {**seconds, "ratio": ours / theirs, "tokens_per_s": tokens / ours}
+        alike = seconds["transformers_entropy"]
+        result[name] = {**seconds, "ratio": ours / alike, "ratio_without_entropy": ours / theirs, "tokens_per_s": tokens / ours}
         print(
-            f"step {name:>5}: ours {1e3 * ours:8.1f} ms, transformers + torch {1e3 * theirs:8.1f} ms, "
-            f"ratio {ours / theirs:.3f} ({options.threads} threads, {count} x {length} tokens)"
+            f"step {name:>5}: ours {1e3 * ours:8.1f} ms; transformers + torch {1e3 * alike:8.1f} ms with the entropy, ratio "
+            f"{ours / alike:.3f}; {1e3 * theirs:8.1f} ms without, ratio {ours / theirs:.3f} "
+            f"({options.threads} threads, {count} x {length} tokens)"
         )
     return result
 
