@@ -116,7 +116,8 @@ class Agents:
         """Stop engine, sandbox and answer checkers."""
         with contextlib.ExitStack() as stack:  # each is closed though an earlier one failed
             stack.callback(getattr(self.reward, "close", lambda: None))
-            stack.callback(self.collector.close, *(part.close for part in (self.engine, self.sandbox) if part))
+            parts = [part for part in (self.engine, self.sandbox) if part is not None]
+            stack.callback(self.collector.close, *(part.close for part in parts))
 
 
 @contextlib.contextmanager

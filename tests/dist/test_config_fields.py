@@ -35,6 +35,7 @@ def test_every_field_has_exactly_one_observer() -> None:
     assert sorted(table()) == sorted(flatten(Config()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", flatten(Config()))
 def test_a_field_has_an_effect(key: str, files: str, tmp_path: Path) -> None:
     observer = table()[key]
