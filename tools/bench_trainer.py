@@ -193,10 +193,11 @@ def bench_peer(folders: dict[str, str], models: Models, options: argparse.Namesp
         tokens = count * (length - 1)
         ours, theirs = seconds["ours"], seconds["transformers"]
         alike = seconds["transformers_entropy"]
-        result[name] = {**seconds, "ratio": ours / alike, "ratio_without_entropy": ours / theirs, "tokens_per_s": tokens / ours}
+        ratios = {"ratio": ours / alike, "ratio_without_entropy": ours / theirs}
+        result[name] = {**seconds, **ratios, "tokens_per_s": tokens / ours}
         print(
-            f"step {name:>5}: ours {1e3 * ours:8.1f} ms; transformers + torch {1e3 * alike:8.1f} ms with the entropy, ratio "
-            f"{ours / alike:.3f}; {1e3 * theirs:8.1f} ms without, ratio {ours / theirs:.3f} "
+            f"step {name:>5}: ours {1e3 * ours:8.1f} ms; transformers + torch {1e3 * alike:8.1f} ms with the entropy, "
+            f"ratio {ours / alike:.3f}; {1e3 * theirs:8.1f} ms without, ratio {ours / theirs:.3f} "
             f"({options.threads} threads, {count} x {length} tokens)"
         )
     return result
