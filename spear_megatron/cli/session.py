@@ -12,6 +12,7 @@ import torch
 
 from spear_megatron.cli.preflight import save_resolved
 from spear_megatron.config.schema import Config
+from spear_megatron.device.platform import keep_freed_memory
 from spear_megatron.observability.record import NullRecorder, Recorder, RunRecorder
 from spear_megatron.parallel.agreement import agreed
 from spear_megatron.parallel.state import ParallelState, initialize
@@ -34,6 +35,8 @@ def open_parallel(config: Config) -> Iterator[ParallelState]:
         seed=config.trainer.seed,
         timeout_s=config.trainer.collective_timeout_s,
     )
+    if not parallel.platform.is_cuda:
+        keep_freed_memory()
     failed = True
     try:
         yield parallel

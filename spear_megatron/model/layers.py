@@ -72,13 +72,15 @@ class SDPAttention(torch.nn.Module):
         if packed_seq_params is None:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             return self._attend(q, k, v).permute(2, 0, 1, 3).flatten(2)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         offsets = packed_seq_params.cu_seqlens_q.tolist()
         lengths = [end - start for start, end in zip(offsets, offsets[1:]) if end > start]
+        # Cut and joined along the tokens, the leading dimension: both are plain copies, forward and backward.
         parts = [
-            self._attend(*qkv) for qkv in zip(*(x.split(lengths, dim=2) for x in (q, k, v)))
-        ]  # each [1, heads, n, d]
-        return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+            self._attend(*(x.transpose(0, 1).unsqueeze(0) for x in qkv)).transpose(1, 2)
+            for qkv in zip(*(x.split(lengths) for x in (query, key, value)))
+        ]  # each [1, n, heads, d]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return joined.squeeze(0).flatten(1)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         grouped = q.shape[1] != k.shape[1]

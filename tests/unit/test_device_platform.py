@@ -1,0 +1,35 @@
+"""Memory that a step frees stays with the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys, torch
+from spear_megatron.device.platform import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    print("no glibc")
+    sys.exit()
+torch.set_num_threads(1)
+def step():
+    torch.ones(24, 1024, 1024).sum()
+step(); step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(mode: str) -> int:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, timeout=120, check=True)
+    if done.stdout.strip() == "no glibc":
+        pytest.skip("the C allocator of this machine is not glibc's")
+    return int(done.stdout)
+
+
+def test_large_tensors_are_not_faulted_in_again() -> None:
+    assert faults("keep") * 10 < faults("default")
