@@ -8,6 +8,7 @@ which ``{run}`` stands for the run directory. A run that absorbed its kills must
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -191,9 +192,18 @@ def newest_checkpoint(run_dir: Path) -> int:
 
 
 def is_saving(run_dir: Path) -> bool:
-    """Whether a checkpoint is being written or an old one deleted."""
-    folder = run_dir / "checkpoints"
-    return any(next(folder.glob(pattern), None) is not None for pattern in (".staging-*", ".trash-*"))
+    """Whether a checkpoint is being written or an old one deleted, or was when the last attempt was killed."""
+    return bool(unfinished(run_dir))
+
+
+def unfinished(run_dir: Path) -> set[tuple[str, int]]:
+    """(name, inode) of every checkpoint folder that is not complete, leftovers of an earlier kill included."""
+    found = set()
+    for pattern in (".staging-*", ".trash-*"):
+        for path in (run_dir / "checkpoints").glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # it was completed in between
+                found.add((path.name, path.stat().st_ino))
+    return found
 
 
 class Harness:
@@ -255,6 +265,7 @@ class Harness:
         raise RuntimeError(f"only {len(self.result.kills)} of {kills} kills came before the command ended")
 
     def _attempt(self, run_dir: Path, *, may_kill: bool) -> Kill | None:
+        leftovers = unfinished(run_dir)
         attempt = self._start(run_dir)
         if not may_kill:
             self._wait_until(attempt, lambda: False)
@@ -270,7 +281,7 @@ class Harness:
             return None
         seconds = attempt.seconds
         attempt.kill()
-        during_save = is_saving(run_dir)
+        during_save = bool(unfinished(run_dir) - leftovers)
         return Kill(
             len(self.result.kills) + 1, run_dir.name, moment, round(seconds, 2), during_save,
             newest_checkpoint(run_dir), len(read_metrics(run_dir)),
