@@ -25,7 +25,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(mode: str) -> int:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, timeout=120, check=True)
+    command = [sys.executable, "-c", PROGRAM, mode]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     if done.stdout.strip() == "no glibc":
         pytest.skip("the C allocator of this machine is not glibc's")
     return int(done.stdout)
