@@ -25,16 +25,16 @@ test-fast: setup  ## the first minutes' worth of tests
 	$(PYTEST) tests -m "not slow"
 
 layouts: setup  ## one step and three loop steps on every parallel layout, as a table
-	$(BIN)/python tools/layouts.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/layouts.py
 
 kill-demo: setup  ## kill a run inside a save, resume it, compare hashes
-	$(BIN)/python tools/kill_test.py --demo
+	PYTHONWARNINGS=ignore $(BIN)/python tools/kill_test.py --demo
 
 bench: setup  ## every benchmark of the README, one after the other
-	$(BIN)/python tools/bench_engine.py
-	$(BIN)/python tools/bench_trainer.py
-	$(BIN)/python tools/bench_kernels.py
-	$(BIN)/python tools/bench_sandbox.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_engine.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_trainer.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_kernels.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_sandbox.py
 
 docs: setup  ## regenerate the generated pages under docs/
 	$(BIN)/python tools/reference_pages.py

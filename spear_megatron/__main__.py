@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -42,8 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == chosen:
             module = importlib.import_module(f"spear_megatron.cli.{name}")
             module.add_arguments(command)
-            command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            command.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
     args = parser.parse_args(arguments)
+    if not args.debug and not sys.warnoptions:
+        # Notices of megatron-core and torch to their own developers; --debug shows them.
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\b")
     try:
         code = int(module.run(args))
         sys.stdout.flush()
