@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import queue
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -115,6 +116,7 @@ def _serve(index: int, jobs: Any, results: Any) -> None:
         TORCHELASTIC_USE_AGENT_STORE="True",  # the parent hosts the store, as torchrun does
         OMP_NUM_THREADS="1",
     )
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
@@ -128,6 +130,14 @@ def _serve(index: int, jobs: Any, results: Any) -> None:
             results.put((False, traceback.format_exc()))
         # A process group lives in cycles with the model it served; each one left behind keeps a polling gloo thread.
         gc.collect()
+
+
+def _end_with_the_parent() -> None:
+    """A parent that was killed closes nothing: without this its workers would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _call(module: str, name: str, args: tuple) -> Any:
