@@ -64,12 +64,18 @@ class Segment:
         response_mask: bool [n], True on tokens that the policy sampled.
         rollout_log_probs: float32 [n], the engine's log-prob of ``ids[t]`` given ``ids[:t]``; 0 off the mask.
         observation_key: anchor of the observation that opened the segment (step-wise agents), else None.
+        policy_versions: int32 [n], version of the weights that sampled ``ids[t]``, -1 off the mask; None if unknown.
+        reward: the environment's own reward for the turns of this segment.
+        num_invalid_actions: turns of this segment that held no usable action.
     """
 
     ids: torch.Tensor
     response_mask: torch.Tensor
     rollout_log_probs: torch.Tensor
     observation_key: str | None = None
+    policy_versions: torch.Tensor | None = None
+    reward: float = 0.0
+    num_invalid_actions: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -80,12 +86,18 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class RewardParts:
-    """Parts of one trajectory's reward, kept apart for ever (method: S_i, n_i, p_i)."""
+    """Parts of one trajectory's reward, kept apart for ever (method: S_i, n_i, p_i).
+
+    ``num_tool_calls`` counts calls that were run, ``num_tool_turns`` model turns that asked for at least one,
+    ``num_invalid_actions`` turns without a usable action. ``penalty`` is what the reward function itself subtracted.
+    """
 
     outcome: float
     num_tool_calls: int = 0
     penalty: float = 0.0
     success: bool = False
+    num_tool_turns: int = 0
+    num_invalid_actions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +114,7 @@ class Trajectory:
     num_tool_failures: int = 0
     messages: tuple[Mapping[str, Any], ...] = ()
     error: str | None = None
+    num_tool_turns: int = 0
 
     @property
     def valid(self) -> bool:
@@ -111,6 +124,10 @@ class Trajectory:
     @property
     def num_tokens(self) -> int:
         return sum(len(segment.ids) for segment in self.segments)
+
+    @property
+    def num_invalid_actions(self) -> int:
+        return sum(segment.num_invalid_actions for segment in self.segments)
 
     @property
     def num_response_tokens(self) -> int:

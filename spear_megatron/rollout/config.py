@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 LOWEST_TEMPERATURE = 1e-3  # below it scaled logits leave the range of float32; 0 itself is greedy
 _PREFIX = "actor_rollout_ref.rollout"
@@ -61,6 +62,8 @@ class RolloutConfig:
         temperature: sampling temperature of training; the trainer's log-probs use it too.
         top_p, top_k: only off (1.0 and -1) in training, where the policy gradient is that of the whole distribution.
         max_num_seqs: requests that one engine computes together.
+        rollout_filter_ratio: share of a step's task groups that is trained on, chosen by the spread of their rewards.
+        rollout_filter_type: std keeps the groups of largest standard deviation, std_rev those of smallest.
         max_model_len: tokens of prompt and response together; None takes data.max_prompt_length + max_response_length.
     """
 
@@ -71,6 +74,8 @@ class RolloutConfig:
     top_k: int = -1
     max_num_seqs: int = 64
     max_model_len: int | None = None
+    rollout_filter_ratio: float = 1.0
+    rollout_filter_type: Literal["std", "std_rev"] = "std"
     multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
 
@@ -81,6 +86,8 @@ class RolloutConfig:
         _require_positive(f"{_PREFIX}.max_num_seqs", self.max_num_seqs)
         if self.max_model_len is not None:
             _require_positive(f"{_PREFIX}.max_model_len", self.max_model_len)
+        if not 0 < self.rollout_filter_ratio <= 1:
+            raise ValueError(f"{_PREFIX}.rollout_filter_ratio must lie in (0, 1], got {self.rollout_filter_ratio}")
         _require_temperature(f"{_PREFIX}.temperature", self.temperature)
         if self.temperature == 0:
             raise ValueError(f"{_PREFIX}.temperature=0 (greedy) makes a group's trajectories equal: set it above 0")

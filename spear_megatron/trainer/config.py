@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from spear_megatron.algorithms.aggregation import AGGREGATION_MODES
+from spear_megatron.algorithms.config import PolicyLossConfig
 from spear_megatron.algorithms.kl import check_kl_kind
 from spear_megatron.parallel.config import MegatronConfig
+from spear_megatron.replay.config import ReplayConfig
 
 _PREFIX = "actor_rollout_ref.actor"
 _DECAY_STYLES = ("constant", "linear", "cosine")
@@ -62,6 +65,22 @@ class ActorConfig:
         entropy_coeff: weight of the entropy bonus, the mean over sampled tokens.
         use_kl_loss, kl_loss_coef, kl_loss_type: KL to the initial weights in the loss, aggregated like the surrogate.
         kernels: ``auto`` takes the compiled kernels where they serve, ``eager`` plain torch.
+        loss_rows: what a row of the seq-means is: a whole trajectory, or one segment of it.
+        sum_norm_denominator: rows divides seq-mean-token-sum-norm by rows * length; micro_batch_share weighs a row by
+            the rows of its micro-batch over those of the mini-batch, as the released code does (depends on packing).
+        old_log_prob: trainer computes the log-probs of the ratio's denominator before the update; rollout takes the
+            engine's, and needs no pass.
+        use_invalid_action_penalty: subtract invalid_action_penalty_coef for every turn without a usable action.
+        invalid_action_penalty_coef: of that penalty.
+        enable_trajectory_replay: self-imitation of replayed good trajectories (SPEAR).
+        trajectory_buffer_size: N_D, trajectories of the replay buffer over all ranks.
+        trajectory_score_threshold: only trajectories with an advantage above it enter the buffer.
+        trajectory_tolerate_steps: trajectories older than this many training steps leave the buffer.
+        replay_loss_coef: final coefficient c of the self-imitation term.
+        max_replay_loss_steps: step T_w at which the self-imitation term has faded in to its full coefficient.
+        weight_decay_trajectory_replay: w <= 0 or w > 1 recalibrates replayed advantages against P50; 0 < w <= 1
+            multiplies the stored ones by w instead.
+        baseline_buffer_size: latest group means of which P50 is the median.
     """
 
     ppo_mini_batch_size: int = 64
@@ -79,11 +98,27 @@ class ActorConfig:
     kl_loss_coef: float = 0.001
     kl_loss_type: str = "low_var_kl"
     kernels: str = "auto"
+    loss_rows: Literal["trajectory", "segment"] = "trajectory"
+    sum_norm_denominator: Literal["rows", "micro_batch_share"] = "rows"
+    old_log_prob: Literal["trainer", "rollout"] = "trainer"
+    use_invalid_action_penalty: bool = False
+    invalid_action_penalty_coef: float = 0.1
+    enable_trajectory_replay: bool = False
+    trajectory_buffer_size: int = 2048
+    trajectory_score_threshold: float = 0.0
+    trajectory_tolerate_steps: int = 10
+    replay_loss_coef: float = 1.0
+    max_replay_loss_steps: int = 200
+    weight_decay_trajectory_replay: float = -1.0
+    baseline_buffer_size: int = 10240
+    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def __post_init__(self) -> None:
-        for name in ("ppo_mini_batch_size", "ppo_epochs", "ppo_max_token_len_per_gpu"):
+        positive = ("trajectory_buffer_size", "max_replay_loss_steps", "baseline_buffer_size")
+        for name in ("ppo_mini_batch_size", "ppo_epochs", "ppo_max_token_len_per_gpu", *positive):
             if getattr(self, name) < 1:
                 raise ValueError(f"{_PREFIX}.{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high"):
@@ -96,6 +131,9 @@ class ActorConfig:
             raise ValueError(
                 f"{_PREFIX}.loss_agg_mode is {self.loss_agg_mode!r}; use one of {', '.join(AGGREGATION_MODES)}."
             )
+        for name in ("trajectory_tolerate_steps", "replay_loss_coef", "invalid_action_penalty_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{_PREFIX}.{name} must not be negative, got {getattr(self, name)}.")
         if self.kl_loss_coef < 0:
             raise ValueError(f"{_PREFIX}.kl_loss_coef must not be negative, got {self.kl_loss_coef}.")
         check_kl_kind(f"{_PREFIX}.kl_loss_type", self.kl_loss_type)
