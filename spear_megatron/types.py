@@ -177,6 +177,10 @@ class MicroBatch:
         loss_mask: bool [T], True where ``targets[t]`` was sampled by the policy.
         token_weight: float32 [T], 1 / normaliser times every other constant factor (1: unweighted; 0 off the mask).
         advantages, old_log_probs, rollout_log_probs, ref_log_probs: float32 [T], aligned with ``targets``.
+        surrogate_weight: float32 [T], off-policy correction of the surrogate (1: none).
+        replayed: bool [T], True on tokens of replayed trajectories.
+        selected: bool [T], tokens that covariance regularisation acts on.
+        token_keys: int64 [T], keys of the covariance draw where it happens inside the loss, else 0.
         rows: the (trajectory, segment) of each real sequence, in packed order.
     """
 
@@ -190,6 +194,10 @@ class MicroBatch:
     old_log_probs: torch.Tensor
     rollout_log_probs: torch.Tensor
     ref_log_probs: torch.Tensor
+    surrogate_weight: torch.Tensor
+    replayed: torch.Tensor
+    selected: torch.Tensor
+    token_keys: torch.Tensor
     rows: tuple[tuple[TrajectoryId, int], ...]
 
 

@@ -23,11 +23,13 @@ from spear_megatron.model.shape import ModelShape
 from spear_megatron.observability.record import NullRecorder
 from spear_megatron.observability.trajectories import TrajectoryStore
 from spear_megatron.parallel.state import ParallelState
+from spear_megatron.rewards.compose import RewardRule
 from spear_megatron.trainer.actor import Actor
 from spear_megatron.trainer.config import OptimConfig
 from spear_megatron.trainer.optimizer import PolicyOptimizer
 from spear_megatron.trainer.reference import Reference
-from spear_megatron.trainer.run import Parts, Run, StepSettings
+from spear_megatron.trainer.parts import Parts, StepSettings
+from spear_megatron.trainer.run import Run
 from spear_megatron.weights.sync import publish
 
 
@@ -56,6 +58,9 @@ def build_actor(
         valid_vocab=shape.vocab_size,
         temperature=config.actor_rollout_ref.rollout.temperature,
         max_response_length=config.data.max_response_length,
+        mini_batch_rows=settings.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n,
+        correction=config.algorithm.rollout_correction,
+        seed=config.trainer.seed,
     )
     return actor, reference
 
@@ -130,7 +135,32 @@ def step_settings(config: Config) -> StepSettings:
         val_sampling=val_sampling,
         ppo_mini_batch_size=ref.actor.ppo_mini_batch_size,
         ppo_epochs=ref.actor.ppo_epochs,
+        rule=RewardRule(
+            form=config.algorithm.toolcall_reward_form,
+            cap=config.algorithm.toolcall_reward_max,
+            format_reward=config.algorithm.format_reward,
+            invalid_action_penalty=invalid_action_penalty(config),
+        ),
+        rollout_filter_ratio=ref.rollout.rollout_filter_ratio,
+        rollout_filter_type=ref.rollout.rollout_filter_type,
+        invalid_action_penalty=invalid_action_penalty(config),
+        replay_update=ref.actor.replay.update,
+        old_log_prob=ref.actor.old_log_prob,
+        needs_old_log_probs=reads_old_log_probs(config),
     )
+
+
+def invalid_action_penalty(config: Config) -> float:
+    """What a turn without a usable action costs."""
+    actor = config.actor_rollout_ref.actor
+    return actor.invalid_action_penalty_coef if actor.use_invalid_action_penalty else 0.0
+
+
+def reads_old_log_probs(config: Config) -> bool:
+    """Whether replay, a covariance selection or the rollout correction needs log-probs from before the update."""
+    actor, loss = config.actor_rollout_ref.actor, config.actor_rollout_ref.actor.policy_loss
+    selects = loss.mode(replayed=False) in ("clip_cov", "kl_cov") and loss.cov_scope == "mini_batch"
+    return actor.enable_trajectory_replay or selects or config.algorithm.rollout_correction.mode != "none"
 
 
 def open_checkpoints(config: Config, parallel: ParallelState) -> CheckpointManager:

@@ -7,7 +7,7 @@ the last sampled token can change the loss of a causal model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,10 +18,22 @@ RowKey = tuple[TrajectoryId, int]
 
 @dataclass(frozen=True, slots=True)
 class WeightedRow:
-    """A row and the weight of each of its tokens: float32 [n], 1 / normaliser times every constant factor."""
+    """A row and what one optimizer step adds to its tokens.
+
+    Attributes:
+        weights: float32 [n], 1 / normaliser times every constant factor.
+        surrogate_weight: float32 [n], off-policy correction of the surrogate; None for 1.
+        selected: bool [n], tokens that covariance regularisation acts on; None for none.
+        token_keys: int64 [n], keys of a covariance draw inside the loss; None where there is none.
+        replayed: whether the row belongs to the self-imitation term.
+    """
 
     row: Row
     weights: torch.Tensor
+    surrogate_weight: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
+    token_keys: torch.Tensor | None = None
+    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +154,8 @@ def _micro_batch(members: Sequence[WeightedRow], token_length: int) -> MicroBatc
     if used < token_length:
         lengths = [*lengths, token_length - used]
 
-    def lay(values: Sequence[torch.Tensor | None], shift: int, dtype: torch.dtype) -> torch.Tensor:
-        packed = torch.zeros(token_length, dtype=dtype)
+    def lay(values: Sequence[torch.Tensor | None], shift: int, dtype: torch.dtype, empty: float = 0) -> torch.Tensor:
+        packed = torch.full((token_length,), empty, dtype=dtype)
         start = 0
         for value, length in zip(values, lengths, strict=False):
             if value is not None:
@@ -166,8 +178,30 @@ def _micro_batch(members: Sequence[WeightedRow], token_length: int) -> MicroBatc
         old_log_probs=lay([row.old_log_probs for row in rows], 1, torch.float32),
         rollout_log_probs=lay([row.rollout_log_probs for row in rows], 1, torch.float32),
         ref_log_probs=lay([row.ref_log_probs for row in rows], 1, torch.float32),
+        surrogate_weight=lay([member.surrogate_weight for member in members], 1, torch.float32, empty=1.0),
+        replayed=lay([_constant(member.replayed, member.row) for member in members], 1, torch.bool),
+        selected=lay([member.selected for member in members], 1, torch.bool),
+        token_keys=lay([member.token_keys for member in members], 1, torch.int64),
         rows=tuple(row_key(row) for row in rows),
     )
+
+
+def _constant(value: bool, row: Row) -> torch.Tensor | None:
+    return torch.ones(len(row.ids), dtype=torch.bool) if value else None
+
+
+def share_of_micro_batch(rows: Sequence[WeightedRow], plan: PackingPlan) -> list[WeightedRow]:
+    """Rows whose weights are multiplied by the number of rows of the same term in their micro-batch.
+
+    The released SPEAR code weighs a micro-batch by its share of the mini-batch's rows but does not divide by its own,
+    so that the gradient depends on the packing. Kept for parity alone.
+    """
+    shared = list(rows)
+    for members in plan.bins:
+        for i in members:
+            count = sum(rows[j].replayed == rows[i].replayed for j in members)
+            shared[i] = replace(rows[i], weights=rows[i].weights * count)
+    return shared
 
 
 def unpack(batch: TrainBatch, values: Sequence[torch.Tensor], rows: Sequence[Row]) -> list[torch.Tensor]:

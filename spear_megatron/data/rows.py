@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from spear_megatron.algorithms.advantages import grpo_advantages
 from spear_megatron.algorithms.kl import kl_penalty_in_reward
 from spear_megatron.types import Group, Row, Trajectory, TrajectoryId
 
@@ -50,27 +49,31 @@ def conversation_row(index: int, ids: torch.Tensor, loss_mask: torch.Tensor) -> 
     )
 
 
-def trajectory_advantages(rewards: Mapping[TrajectoryId, float], *, norm_by_std: bool) -> dict[TrajectoryId, float]:
-    """Advantage of every trajectory from the rewards of the step.
+def masked_row(row: Row) -> Row:
+    """The row of a filtered trajectory: no token of it carries loss."""
+    return replace(row, response_mask=torch.zeros_like(row.response_mask))
+
+
+def with_advantages(
+    rows: Sequence[Row],
+    advantages: Mapping[TrajectoryId, float],
+    step_advantages: Mapping[tuple[TrajectoryId, int], float] | None = None,
+    step_weight: float = 1.0,
+) -> list[Row]:
+    """Rows whose sampled tokens carry their trajectory's advantage, plus ``step_weight`` times their segment's.
 
     Args:
-        rewards: shaped reward of every valid trajectory, whole groups; infrastructure failures are left out.
-        norm_by_std: ``algorithm.norm_adv_by_std_in_grpo``.
-    """
-    ids = sorted(rewards)
-    values = torch.tensor([rewards[key] for key in ids], dtype=torch.float64)
-    valid = torch.ones(len(ids), dtype=torch.bool)
-    advantages = grpo_advantages(values, [key.group for key in ids], valid, norm_by_std=norm_by_std)
-    return dict(zip(ids, advantages.tolist(), strict=True))
-
-
-def with_advantages(rows: Sequence[Row], advantages: Mapping[TrajectoryId, float]) -> list[Row]:
-    """Rows whose sampled tokens carry their trajectory's advantage.
+        step_advantages: GiGPO's step term by (trajectory, segment); segments that are not there have none.
 
     Raises:
         KeyError: a row's trajectory has no advantage.
     """
-    return [replace(row, advantages=row.response_mask.float() * advantages[row.trajectory]) for row in rows]
+    steps = step_advantages or {}
+
+    def advantage(row: Row) -> float:
+        return advantages[row.trajectory] + step_weight * steps.get((row.trajectory, row.segment), 0.0)
+
+    return [replace(row, advantages=row.response_mask.float() * advantage(row)) for row in rows]
 
 
 def kl_penalties(rows: Sequence[Row], *, kind: str, coef: float) -> dict[TrajectoryId, float]:

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from spear_megatron.algorithms.aggregation import Totals, count_totals, token_weights
-from spear_megatron.data.packing import WeightedRow, pack, packed_length, plan_packing, row_key, unpack
+from spear_megatron.algorithms.aggregation import count_totals, token_weights
+from spear_megatron.algorithms.config import RolloutCorrectionConfig
+from spear_megatron.data.packing import (
+    WeightedRow,
+    pack,
+    packed_length,
+    plan_packing,
+    row_key,
+    share_of_micro_batch,
+    unpack,
+)
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.kernels import token_logprobs
 from spear_megatron.parallel.agreement import agree_any, gather_objects
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.trainer.config import ActorConfig
-from spear_megatron.trainer.figures import Figures, StepFigures, reduce_figures
-from spear_megatron.trainer.losses import MicroBatchLoss, PolicyLoss, figure, rollout_difference, supervised_loss
+from spear_megatron.trainer.figures import Figures, StepFigures, policy_metrics, reduce_figures, rollout_metrics
+from spear_megatron.trainer.losses import MicroBatchLoss, figure, rollout_difference, supervised_loss
+from spear_megatron.trainer.objective import Objective, ObjectiveBuilder, ReplayTerm, UpdateKey
 from spear_megatron.trainer.optimizer import PolicyOptimizer
 from spear_megatron.trainer.reference import Reference
 from spear_megatron.trainer.schedule import run_forward, run_forward_backward
-from spear_megatron.types import MicroBatch, Row, TrainBatch
+from spear_megatron.types import MicroBatch, Row, TrainBatch, TrajectoryId
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +43,17 @@ class UpdateResult:
         skipped: None, or why weights, optimizer and schedule are untouched on every rank: ``nonfinite`` (loss or
             gradient) or ``empty`` (no sampled token anywhere).
         metrics: figures over all ranks; loss and gradient norm may be non-finite when skipped.
+        used: tokens under covariance regularisation and token weight of each replayed trajectory; this rank's own,
+            unlike the rest.
     """
 
     skipped: str | None
     metrics: dict[str, float]
+    used: dict[TrajectoryId, tuple[int, float]] = field(default_factory=dict)
+
+
+NO_REPLAY = ReplayTerm()
+EMPTY = StepFigures({}, {})
 
 
 class Actor:
@@ -55,6 +72,9 @@ class Actor:
         valid_vocab: int,
         temperature: float,
         max_response_length: int,
+        mini_batch_rows: int = 1,
+        correction: RolloutCorrectionConfig | None = None,
+        seed: int = 0,
     ) -> None:
         """Bind what an update needs.
 
@@ -63,6 +83,9 @@ class Actor:
             valid_vocab: entries of the vocabulary without padding.
             temperature: of sampling; logits are divided by it before every log-prob (supervised updates use 1).
             max_response_length: the constant L of seq-mean-token-sum-norm, in tokens.
+            mini_batch_rows: trajectories of a full mini-batch (``sum_norm_denominator: micro_batch_share``).
+            correction: ``algorithm.rollout_correction``; None is off.
+            seed: root of the covariance draws.
         """
         self.chunks = list(chunks)
         self.optimizer = optimizer
@@ -70,7 +93,15 @@ class Actor:
         self._config = config
         self._valid_vocab = valid_vocab
         self._temperature = temperature
-        self._max_response_length = max_response_length
+        self._objectives = ObjectiveBuilder(
+            config=config,
+            correction=correction or RolloutCorrectionConfig(),
+            parallel=parallel,
+            seed=seed,
+            max_response_length=max_response_length,
+            mini_batch_rows=mini_batch_rows,
+            evaluate=lambda rows: self._evaluate(rows, with_entropy=False)[0],
+        )
 
     def log_probs(self, rows: Sequence[Row]) -> tuple[list[Row], dict[str, float]]:
         """Rows with ``old_log_probs`` of the current weights, in the given order, and what they tell.
@@ -79,7 +110,7 @@ class Actor:
         """
         values, figures = self._evaluate(rows, with_entropy=True)
         filled = [replace(row, old_log_probs=value) for row, value in zip(rows, values, strict=True)]
-        return filled, {"actor/entropy": figures.mean("entropy"), **_rollout_metrics(figures)}
+        return filled, {"actor/entropy": figures.mean("entropy"), **rollout_metrics(figures)}
 
     def reference_log_probs(self, rows: Sequence[Row], reference: Reference) -> list[Row]:
         """Rows with ``ref_log_probs`` of the reference weights, in the given order."""
@@ -87,51 +118,67 @@ class Actor:
             values, _ = self._evaluate(rows, with_entropy=False)
         return [replace(row, ref_log_probs=value) for row, value in zip(rows, values, strict=True)]
 
-    def update(self, rows: Sequence[Row], *, on_policy: bool = False) -> UpdateResult:
-        """One optimizer step on the rows of one mini-batch.
+    def update(
+        self,
+        rows: Sequence[Row],
+        *,
+        on_policy: bool = False,
+        replay: ReplayTerm = NO_REPLAY,
+        key: UpdateKey = UpdateKey(),
+        advance_schedule: bool = True,
+    ) -> UpdateResult:
+        """One optimizer step on the rows of one mini-batch and, with ``replay``, on replayed rows.
 
         Args:
             rows: with advantages, ``old_log_probs`` unless ``on_policy``, ``ref_log_probs`` if the loss has a KL term.
             on_policy: this is the step's first update, so the old log-probs are the current ones and need no pass.
+            replay: the self-imitation term.
+            key: names the optimizer step, for its random draws.
+            advance_schedule: count the step in the learning-rate schedule.
 
         Raises:
             ValueError: a row lacks log-probs that the loss needs.
         """
         lr = self.optimizer.lr
-        figures, norm = self.policy_gradients(rows, on_policy=on_policy)
-        skipped = self._apply(figures, norm)
-        return UpdateResult(skipped, _policy_metrics(figures, norm, lr) if skipped != "empty" else {})
+        objective, figures, norm = self.policy_gradients(rows, on_policy=on_policy, replay=replay, key=key)
+        skipped = self._apply(figures, norm, advance_schedule)
+        if skipped == "empty":
+            return UpdateResult(skipped, {})
+        return UpdateResult(skipped, objective.metrics | policy_metrics(figures, norm, lr), objective.used)
 
-    def policy_gradients(self, rows: Sequence[Row], *, on_policy: bool = False) -> tuple[StepFigures, float]:
-        """Loss figures and global gradient norm of a mini-batch; the gradients stay in the model, nothing is applied.
+    def policy_gradients(
+        self,
+        rows: Sequence[Row],
+        *,
+        on_policy: bool = False,
+        replay: ReplayTerm = NO_REPLAY,
+        key: UpdateKey = UpdateKey(),
+    ) -> tuple[Objective, StepFigures, float]:
+        """Objective, loss figures and global gradient norm of a mini-batch; the gradients stay in the model.
 
-        Arguments as in :meth:`update`.
+        Arguments as in :meth:`update`; nothing is applied.
         """
-        config = self._config
         self._require(rows, on_policy)
-        totals = self._totals(rows)
-        low, high = config.clip_range
-        loss = PolicyLoss(
-            clip_ratio_low=low,
-            clip_ratio_high=high,
-            clip_ratio_c=config.clip_ratio_c,
-            entropy_weight=config.entropy_coeff / max(totals.num_tokens, 1),
-            kl_coef=config.kl_loss_coef if config.use_kl_loss else 0.0,
-            kl_kind=config.kl_loss_type,
-            on_policy=on_policy,
+        objective = self._objectives.build(rows, replay, on_policy=on_policy, key=key)
+        if objective.num_tokens == 0:
+            return objective, EMPTY, 0.0
+        figures, norm = self._gradients(
+            objective.rows, objective.loss, temperature=self._temperature, with_entropy=True
         )
-        weighted = self._weigh(rows, totals, config.loss_agg_mode)
-        return self._gradients(weighted, totals, loss, temperature=self._temperature, with_entropy=True)
+        return objective, figures, norm
 
     def sft_update(self, rows: Sequence[Row]) -> UpdateResult:
         """One optimizer step of masked cross-entropy, the mean over all tokens to learn of all ranks."""
-        totals = self._totals(rows)
-        weighted = self._weigh(rows, totals, "token-mean")
+        totals = count_totals(
+            [row.trajectory for row in rows], [row.response_mask for row in rows], self._of_all_leaders
+        )
+        if totals.num_tokens == 0:
+            return UpdateResult("empty", {})
+        constants: dict[str, Any] = {"mode": "token-mean", "totals": totals, "max_response_length": 1}
+        weighted = [WeightedRow(row, token_weights(row.response_mask, row=row.trajectory, **constants)) for row in rows]
         lr = self.optimizer.lr
-        figures, norm = self._gradients(weighted, totals, supervised_loss, temperature=1.0, with_entropy=False)
+        figures, norm = self._gradients(weighted, supervised_loss, temperature=1.0, with_entropy=False)
         skipped = self._apply(figures, norm)
-        if skipped == "empty":
-            return UpdateResult(skipped, {})
         loss, tokens = figures.sums["loss"], figures.sums["tokens"]
         metrics = {"sft/loss": loss, "sft/grad_norm": norm, "sft/lr": lr, "sft/tokens": tokens}
         return UpdateResult(skipped, metrics)
@@ -146,29 +193,14 @@ class Actor:
                     "call Actor.reference_log_probs first."
                 )
 
-    def _totals(self, rows: Sequence[Row]) -> Totals:
-        return count_totals([row.trajectory for row in rows], [row.response_mask for row in rows], self._of_all_leaders)
-
-    def _weigh(self, rows: Sequence[Row], totals: Totals, mode: str) -> list[WeightedRow]:
-        constants: dict[str, Any] = {
-            "mode": mode,
-            "totals": totals,
-            "max_response_length": self._max_response_length,
-        }
-        return [WeightedRow(row, token_weights(row.response_mask, row=row.trajectory, **constants)) for row in rows]
-
     def _gradients(
         self,
         rows: Sequence[WeightedRow],
-        totals: Totals,
         loss: MicroBatchLoss,
         *,
         temperature: float,
         with_entropy: bool,
     ) -> tuple[StepFigures, float]:
-        if totals.num_tokens == 0:
-            return StepFigures({"tokens": 0.0}, {}), 0.0
-
         def compute(logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
             log_probs, entropy = self._token_log_probs(logits, batch, temperature, with_entropy, inplace_backward=True)
             return loss(log_probs, entropy, batch)
@@ -180,14 +212,14 @@ class Actor:
             norm = self.optimizer.gradient_norm()
         return reduce_figures(parts, self._parallel), norm
 
-    def _apply(self, figures: StepFigures, norm: float) -> str | None:
+    def _apply(self, figures: StepFigures, norm: float, advance_schedule: bool = True) -> str | None:
         """Update the weights unless all ranks agree not to; why not, or None."""
-        if figures.sums["tokens"] == 0:
+        if figures is EMPTY:
             return "empty"
         if agree_any(self._parallel, not (math.isfinite(norm) and math.isfinite(figures.sums["loss"]))):
             return "nonfinite"
         with megatron_on_cpu():
-            self.optimizer.apply(norm)
+            self.optimizer.apply(norm, advance_schedule=advance_schedule)
         return None
 
     def _evaluate(self, rows: Sequence[Row], *, with_entropy: bool) -> tuple[list[torch.Tensor], StepFigures]:
@@ -250,6 +282,8 @@ class Actor:
             count_multiple=parallel.pp_size if parallel.vpp_size else 1,
             reduce_max=self._max_over_ranks,
         )
+        if self._config.sum_norm_denominator == "micro_batch_share":
+            ordered = share_of_micro_batch(ordered, plan)
         return pack(ordered, plan)
 
     def _of_all_leaders(self, own: dict[Hashable, int]) -> list[dict[Hashable, int]]:
@@ -260,30 +294,3 @@ class Actor:
         if self._parallel.world_size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._parallel.cpu_group)
         return int(value)
-
-
-def _policy_metrics(figures: StepFigures, norm: float, lr: float) -> dict[str, float]:
-    metrics = {
-        "actor/loss": figures.sums["loss"],
-        "actor/pg_loss": figures.sums["pg_loss"],
-        "actor/entropy": figures.mean("entropy"),
-        "actor/pg_clipfrac": figures.mean("clipped"),
-        "actor/pg_clipfrac_lower": figures.mean("dual_clipped"),
-        "actor/ppo_kl": -figures.mean("log_ratio"),
-        "actor/grad_norm": norm,
-        "actor/lr": lr,
-        "actor/tokens": figures.sums["tokens"],
-        **_rollout_metrics(figures),
-    }
-    if "kl_loss" in figures.sums:
-        metrics["actor/kl_loss"] = figures.sums["kl_loss"]
-        metrics["actor/ref_kl"] = figures.mean("ref_kl")
-    return metrics
-
-
-def _rollout_metrics(figures: StepFigures) -> dict[str, float]:
-    return {
-        "training/rollout_logp_abs_diff/mean": figures.mean("rollout_log_probs_diff"),
-        "training/rollout_logp_abs_diff/max": figures.maxima.get("rollout_log_probs_diff", 0.0),
-        "training/rollout_probs_diff/mean": figures.mean("rollout_probs_diff"),
-    }

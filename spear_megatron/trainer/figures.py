@@ -26,9 +26,9 @@ class StepFigures:
     sums: dict[str, float]
     maxima: dict[str, float]
 
-    def mean(self, name: str) -> float:
-        """Sum of ``name`` per sampled token, 0 without tokens."""
-        return self.sums[name] / max(self.sums["tokens"], 1.0)
+    def mean(self, name: str, per: str = "tokens") -> float:
+        """Sum of ``name`` per sampled token (or per ``replay_tokens``), 0 without any."""
+        return self.sums[name] / max(self.sums[per], 1.0)
 
 
 def reduce_figures(parts: Sequence[Figures], parallel: ParallelState) -> StepFigures:
@@ -58,3 +58,47 @@ def _merge(parts: Sequence[tuple[dict[str, float], dict[str, float]]]) -> tuple[
             known = maxima.get(name, value)
             maxima[name] = value if value != value or value > known else known
     return sums, maxima
+
+
+def policy_metrics(figures: StepFigures, norm: float, lr: float) -> dict[str, float]:
+    """Metrics of one policy update, by the names of the record; those of a term without tokens stay away."""
+    sums = figures.sums
+    metrics = {"actor/loss": sums["loss"], "actor/grad_norm": norm, "actor/lr": lr}
+    if sums.get("tokens"):
+        metrics |= {
+            "actor/pg_loss": sums["pg_loss"],
+            "actor/entropy": figures.mean("entropy"),
+            "actor/pg_clipfrac": figures.mean("clipped"),
+            "actor/pg_clipfrac_lower": figures.mean("dual_clipped"),
+            "actor/ppo_kl": -figures.mean("log_ratio"),
+            "actor/tokens": sums["tokens"],
+            "correction/weight_mean": figures.mean("correction"),
+            "correction/dropped": figures.mean("dropped"),
+            **rollout_metrics(figures),
+        }
+    if "kl_loss" in sums and sums["tokens"]:
+        metrics["actor/kl_loss"] = sums["kl_loss"]
+        metrics["actor/ref_kl"] = figures.mean("ref_kl")
+    if sums.get("replay_tokens"):
+        metrics |= {
+            "replay/pg_loss": sums["replay_pg_loss"],
+            "replay/clipfrac": figures.mean("replay_clipped", "replay_tokens"),
+            "replay/ratio_mean": figures.mean("replay_ratio", "replay_tokens"),
+            "replay/ratio_max": figures.maxima["replay_ratio"],
+            "replay/tokens": sums["replay_tokens"],
+        }
+    for term in ("cov", "cov_replay"):
+        if f"{term}_candidates" in sums:
+            names = ("candidates", "selected", "near_bound")
+            prefix = term.replace("cov_replay", "cov/replay_") if term != "cov" else "cov/"
+            metrics |= {f"{prefix}{name}": sums[f"{term}_{name}"] for name in names}
+    return metrics
+
+
+def rollout_metrics(figures: StepFigures) -> dict[str, float]:
+    """How far engine and trainer are apart in the log-probs of the sampled tokens."""
+    return {
+        "training/rollout_logp_abs_diff/mean": figures.mean("rollout_log_probs_diff"),
+        "training/rollout_logp_abs_diff/max": figures.maxima.get("rollout_log_probs_diff", 0.0),
+        "training/rollout_probs_diff/mean": figures.mean("rollout_probs_diff"),
+    }

@@ -6,20 +6,20 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from spear_megatron.data.index import IndexRow
+from spear_megatron.trainer.scoring import Scores
 from spear_megatron.types import StopReason, TrajectoryId
 
+FILTER_REASONS = ("incomplete", "overlong", "repetitive", "unreadable")
 _CLIPPED = (StopReason.LENGTH, StopReason.TOOL_OVERFLOW)
 
 
-def rollout_metrics(
-    index: Sequence[IndexRow], rewards: Mapping[TrajectoryId, float], advantages: Mapping[TrajectoryId, float]
-) -> dict[str, float]:
+def rollout_metrics(index: Sequence[IndexRow], scores: Scores) -> dict[str, float]:
     """Reward, success, length, turn and tool figures of a step.
 
     Args:
         index: every trajectory of the step. Infrastructure failures count only under ``stop/infrastructure``.
-        rewards, advantages: shaped reward and advantage per valid trajectory.
     """
+    rewards = scores.rewards
     valid = [row for row in index if row.valid]
     stops = Counter(row.stop_reason for row in index)
     metrics = {f"stop/{reason.value}": stops[reason] / max(len(index), 1) for reason in StopReason}
@@ -29,18 +29,32 @@ def rollout_metrics(
         return metrics
     return metrics | {
         **_spread("critic/rewards", [rewards[row.id] for row in valid]),
-        **_spread("critic/advantages", [advantages[row.id] for row in valid]),
+        **_spread("critic/advantages", list(scores.advantages.values()) or [0.0]),
         **_spread("critic/score", [row.reward.outcome for row in valid]),
         **_spread("response_length", [float(sum(row.sampled_lengths)) for row in valid]),
         **_spread("prompt_length", [float(row.prompt_length) for row in valid]),
         **_spread("num_turns", [float(row.num_turns) for row in valid]),
+        "spear/mu": scores.mu,
         "reward/penalty_mean": _mean([row.reward.penalty for row in valid]),
+        "reward/bonus_mean": _mean([scores.mu * scores.bonus[row.id] for row in valid]),
+        "reward/outcome_mean": _mean([row.reward.outcome for row in valid]),
+        "reward/invalid_mean": _mean([float(row.reward.num_invalid_actions) for row in valid]),
         "success/mean": _mean([float(row.reward.success) for row in valid]),
         "response_length/clip_ratio": _mean([float(row.stop_reason in _CLIPPED) for row in valid]),
         "tools/calls_mean": _mean([float(row.num_tool_calls) for row in valid]),
+        "tools/turns_mean": _mean([float(row.reward.num_tool_turns) for row in valid]),
         "tools/failures_mean": _mean([float(row.num_tool_failures) for row in valid]),
         "groups/zero_variance": zero_variance_share(valid, rewards),
     }
+
+
+def filter_metrics(index: Sequence[IndexRow], scores: Scores) -> dict[str, float]:
+    """Shares of valid trajectories that a filter masked, by reason, and of groups that are not trained on."""
+    valid = [row for row in index if row.valid]
+    reasons = Counter(scores.masked.values())
+    groups = {row.id.group for row in valid}
+    metrics = {f"filter/{reason}": reasons[reason] / max(len(valid), 1) for reason in FILTER_REASONS}
+    return metrics | {"filter/groups_dropped": (len(groups) - len(scores.groups)) / max(len(groups), 1)}
 
 
 def throughput_metrics(index: Sequence[IndexRow], timings: Mapping[str, float], world_size: int) -> dict[str, float]:

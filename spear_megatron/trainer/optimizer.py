@@ -85,7 +85,7 @@ class PolicyOptimizer:
         self.megatron.prepare_grads()
         return float(self.megatron.get_grad_norm())
 
-    def apply(self, gradient_norm: float) -> None:
+    def apply(self, gradient_norm: float, *, advance_schedule: bool = True) -> None:
         """Clip by a norm from :meth:`gradient_norm`, update the weights everywhere and advance the schedule."""
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -95,7 +95,8 @@ class PolicyOptimizer:
                 if parameters:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self._clip_grad, total_norm=gradient_norm)
         self.megatron.step_with_ready_grads()
-        self.scheduler.step(1)
+        if advance_schedule:
+            self.scheduler.step(1)
 
     def follow_configuration(self) -> None:
         """After a checkpoint was loaded: learning rates of today's configuration at the checkpoint's step count."""

@@ -28,6 +28,10 @@ _TENSORS = (
     "old_log_probs",
     "rollout_log_probs",
     "ref_log_probs",
+    "surrogate_weight",
+    "replayed",
+    "selected",
+    "token_keys",
 )
 
 

@@ -127,8 +127,8 @@ def on_policy_on_rank(folder: str, layout: Layout) -> tuple[float, float]:
     actor, _, parallel = build_actor(folder, layout)
     rows = share_of_rank(make_rows(), parallel)
     filled, _ = actor.log_probs(rows)
-    _, with_pass = actor.policy_gradients(filled)
-    _, without = actor.policy_gradients(rows, on_policy=True)
+    _, _, with_pass = actor.policy_gradients(filled)
+    _, _, without = actor.policy_gradients(rows, on_policy=True)
     return with_pass, without
 
 

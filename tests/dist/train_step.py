@@ -85,7 +85,13 @@ def share_of_rank(rows: list[Row], parallel: Any) -> list[Row]:
 
 
 def build_actor(
-    folder: str, layout: Layout, *, dtype: torch.dtype = torch.float32, lr: float = 1e-3, **fields: Any
+    folder: str,
+    layout: Layout,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lr: float = 1e-3,
+    correction: Any = None,
+    **fields: Any,
 ) -> tuple:
     """(actor, shape, parallel) with the weights of ``folder``; ``fields`` are of ActorConfig."""
     from spear_megatron.device.cpu_shim import megatron_on_cpu
@@ -130,6 +136,8 @@ def build_actor(
         valid_vocab=shape.vocab_size,
         temperature=TEMPERATURE,
         max_response_length=MAX_RESPONSE_LENGTH,
+        mini_batch_rows=16,
+        correction=correction,
     )
     return actor, shape, parallel
 
@@ -154,7 +162,7 @@ def step_on_rank(folder: str, layout: Layout, fields: dict[str, Any]) -> dict[st
 
     actor, shape, parallel = build_actor(folder, layout, **fields)
     rows, before = with_trainer_log_probs(actor, share_of_rank(make_rows(), parallel))
-    figures, norm = actor.policy_gradients(rows)
+    _, figures, norm = actor.policy_gradients(rows)
     gradients = {name: tensor for name, tensor in iter_hf_tensors(actor.chunks, shape, parallel, kind="main_grad")}
     result = actor.update(rows)
     _, after = actor.log_probs(rows)

@@ -1,0 +1,177 @@
+"""The frame around the steps of a run: start, phases, evaluation, record, checkpoint, resume, end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spear_megatron.algorithms.config import AlgorithmConfig
+from spear_megatron.checkpoint.files import FileEntry
+from spear_megatron.evaluation.run import evaluate
+from spear_megatron.observability.timing import PhaseTimer
+from spear_megatron.parallel.agreement import agree_any
+from spear_megatron.parallel.errors import named_waits
+from spear_megatron.rollout.collect import Collected, Tasks
+from spear_megatron.trainer.metrics import mean_metrics, rollout_metrics, throughput_metrics
+from spear_megatron.trainer.parts import Parts, Progress, StepSettings
+from spear_megatron.trainer.run_config import TrainerConfig
+from spear_megatron.trainer.scoring import Scores
+from spear_megatron.types import TrajectoryId
+
+
+@dataclass
+class RunFrame:
+    """One run on this rank, but for the phases of a step. All ranks call every method in the same order."""
+
+    parts: Parts
+    settings: StepSettings
+    trainer: TrainerConfig
+    algorithm: AlgorithmConfig
+    progress: Progress = field(default_factory=Progress)
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self._timer = PhaseTimer()
+        self._metrics: dict[str, float] = {}
+        self._updates: list[dict[str, float]] = []
+        self._updates_done = 0
+        self._used: list[Mapping[TrajectoryId, tuple[int, float]]] = []
+        self._step = 0
+
+    def begin(self) -> None:
+        """Give the engine the current weights; before the first step, evaluate once."""
+        self.publish(version=self.progress.step)
+        if self.progress.step == 0 and self.trainer.val_before_train:
+            with self.phase("testing"):
+                self._evaluate(0)
+            self.parts.recorder.write(0, {**self._metrics, **self._timer.take()})
+        self._timer.take()
+
+    def remaining_steps(self) -> Iterator[int]:
+        """1-based step numbers that are still to do; entering a step resets its figures."""
+        for step in range(self.progress.step + 1, self.trainer.total_training_steps + 1):
+            self._metrics, self._updates, self._updates_done, self._used, self._step = {}, [], 0, [], step
+            yield step
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of a phase, and name it when other ranks do not answer in it."""
+        where = f"rank {self.parts.parallel.rank}, step {self._step}, phase '{name}'"
+        with self._timer.phase(name), named_waits(where):
+            yield
+
+    def publish(self, version: int) -> None:
+        """Give the engine the current weights; tokens sampled from now on carry ``version``."""
+        self.parts.publish_weights(version)
+
+    def evaluate_if_due(self, step: int) -> None:
+        """Measure held-out success every ``trainer.test_freq`` steps and after the last one."""
+        if self.trainer.test_freq > 0 and (step % self.trainer.test_freq == 0 or self._is_last(step)):
+            self._evaluate(step)
+
+    def _evaluate(self, step: int) -> None:
+        tasks = Tasks(
+            purpose="val",
+            step=step,
+            prompts=tuple(enumerate(self.parts.val_prompts)),
+            num_samples=self.settings.val_samples,
+            sampling=self.settings.val_sampling,
+        )
+        result = evaluate(
+            self.parts.collector,
+            tasks,
+            parallel=self.parts.parallel,
+            answer_of=self.parts.answer_of,
+            name=f"step {step}",
+            ks=(self.settings.val_samples,),
+            seed=self.trainer.seed,
+        )
+        self._metrics.update(result.report.scalars("val/"))
+        if self.parts.trajectories is not None:
+            self.parts.trajectories.write(step, result.groups, {}, kind="val")
+
+    def record(self, step: int, collected: Collected, scores: Scores) -> None:
+        """One line of the record, before the step's checkpoint: a crash between them loses nothing."""
+        timings = self._timer.take()
+        imitation = self.parts.imitation
+        pushed = imitation.pushed_ids if imitation is not None else ()
+        if self.parts.trajectories is not None:
+            self.parts.trajectories.write(step, collected.groups, scores.rewards, keep_ids=pushed)
+        if imitation is not None:
+            lineage = imitation.lineage(step, scores, self._used)
+            if self.parts.lineage is not None:
+                self.parts.lineage.write(step, lineage)
+        self.parts.recorder.write(
+            step,
+            {
+                **mean_metrics(self._updates),
+                **rollout_metrics(collected.index, scores),
+                **throughput_metrics(collected.index, timings, self.parts.parallel.world_size),
+                **self._metrics,
+                "training/num_optimizer_steps": float(len(self._updates)),
+                "training/skipped_steps": float(self.progress.skipped_steps),
+                "training/nonfinite_steps": float(self.progress.nonfinite_steps),
+                **timings,
+            },
+        )
+        self.progress.step = step
+
+    def save_if_due(self, step: int) -> None:
+        """Checkpoint when due, after the last step, and when a stop signal reached any rank."""
+        self.stopping = agree_any(self.parts.parallel, self.parts.stop_requested())
+        freq = self.trainer.save_freq
+        with self.phase("save"):
+            if self.stopping or self._is_last(step) or (freq > 0 and step % freq == 0):
+                self._save(step)
+            else:
+                self.parts.checkpoints.poll()
+
+    def _save(self, step: int) -> None:
+        optimizer = self.parts.actor.optimizer
+        states = {"progress": vars(self.progress).copy(), "prompt_source": self.parts.prompts.state_dict()}
+        external: Sequence[FileEntry] = ()
+        if self.parts.imitation is not None:
+            states["replay"], external = self.parts.imitation.snapshot()
+        self.parts.checkpoints.save(
+            step, self.parts.actor.chunks, optimizer.megatron, optimizer.scheduler, states, external=external
+        )
+
+    def restore(self) -> int | None:
+        """Continue from the newest good checkpoint; returns its step, or None without any.
+
+        Raises:
+            ValueError: the checkpoint is beyond the last step, or was made with other prompts.
+        """
+        actor = self.parts.actor
+        loaded = self.parts.checkpoints.load_latest(
+            actor.chunks, actor.optimizer.megatron, actor.optimizer.scheduler, required=("progress", "prompt_source")
+        )
+        if loaded is None:
+            return None
+        if loaded.step > self.trainer.total_training_steps:
+            raise ValueError(
+                f"{self.trainer.default_local_dir} is already at step {loaded.step}, beyond "
+                f"trainer.total_training_steps={self.trainer.total_training_steps}: raise it, or choose another "
+                "trainer.default_local_dir"
+            )
+        actor.optimizer.follow_configuration()
+        self.progress = Progress(**loaded.states["progress"])
+        self.parts.prompts.load_state_dict(loaded.states["prompt_source"])
+        if self.parts.imitation is not None and "replay" in loaded.states:
+            self.parts.imitation.restore(loaded.states["replay"])
+        return loaded.step
+
+    def finish(self) -> None:
+        """Complete a save under way and, when the run is done, export the model in Hugging Face format."""
+        self.parts.checkpoints.wait()
+        if self.trainer.save_hf and self._is_last(self.progress.step):
+            self.parts.export(Path(self.trainer.default_local_dir) / "hf")
+        if self.stopping:
+            text = f"stopped by signal after step {self.progress.step}; the same command continues"
+            self.parts.recorder.message(text)
+        self.parts.recorder.close()
+
+    def _is_last(self, step: int) -> bool:
+        return step == self.trainer.total_training_steps
