@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from spear_megatron.observability.console import ConsoleLog
-from spear_megatron.observability.files import sync_path, write_atomically
 from spear_megatron.observability.schema import HEADER_KEYS, SCHEMA_VERSION, check_names
+from spear_megatron.observability.step_lines import StepLines, read_step_lines
 
 RECORD_NAME = "metrics.jsonl"
 LOGGERS = ("console", "tensorboard", "jsonl")
@@ -74,13 +72,10 @@ class RunRecorder:
         """
         check_loggers(loggers)
         self._run_dir = Path(run_dir)
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        self._path = self._run_dir / RECORD_NAME
-        self._last_step = self._prepare(resume_step)
-        self._stream = self._path.open("ab")
-        sync_path(self._run_dir)
+        self._lines = StepLines(self._run_dir / RECORD_NAME, SCHEMA_VERSION, resume_step)
         self._tensorboard = self._open_tensorboard(resume_step) if "tensorboard" in loggers else None
-        self._console = ConsoleLog(total_steps, self._last_step, every=console_every) if "console" in loggers else None
+        done = self._lines.last_step
+        self._console = ConsoleLog(total_steps, done, every=console_every) if "console" in loggers else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the line of ``step`` and wait until it is on disk, then show it.
@@ -89,15 +84,10 @@ class RunRecorder:
             ValueError: a metric is not in the schema, or ``step`` does not come after the last one recorded.
         """
         check_names(metrics)
-        if step <= self._last_step:
-            raise ValueError(f"step {step} is already recorded in {self._path} (last step: {self._last_step})")
         values = {name: float(value) for name, value in metrics.items()}
         header = dict(zip(HEADER_KEYS, (SCHEMA_VERSION, step, round(time.time(), 3))))
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._stream.write(json.dumps({**header, **finite}, allow_nan=False).encode() + b"\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._last_step = step
+        self._lines.append(step, {**header, **finite})
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -112,25 +102,11 @@ class RunRecorder:
 
     def close(self) -> None:
         """Close the files and stop the progress bar. Safe to call twice."""
-        self._stream.close()
+        self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._console is not None:
             self._console.close()
-
-    def _prepare(self, resume_step: int | None) -> int:
-        """Bring the file to the state after ``resume_step``; returns the last step that it holds, -1 if none."""
-        if not self._path.exists():
-            return -1
-        if resume_step is None:
-            if self._path.stat().st_size:
-                taken = len(list(self._run_dir.glob("metrics.previous-*.jsonl")))
-                os.replace(self._path, self._run_dir / f"metrics.previous-{taken + 1}.jsonl")
-            return -1
-        kept = [line for line in read_record(self._run_dir) if line["step"] <= resume_step]
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
-        write_atomically(self._path, text.encode())
-        return max((int(line["step"]) for line in kept), default=-1)
 
     def _open_tensorboard(self, resume_step: int | None) -> Any:
         try:
@@ -160,23 +136,4 @@ def read_record(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / RECORD_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {run_dir} is not the directory of a run that recorded a step")
-    raw_lines = path.read_bytes().split(b"\n")
-    lines = []
-    for number, raw in enumerate(raw_lines, 1):
-        if not raw or number == len(raw_lines):  # without a newline at its end, a line was never finished
-            continue
-        lines.append(_parsed(raw, path, number))
-    return lines
-
-
-def _parsed(raw: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        line = json.loads(raw)
-    except ValueError as error:
-        raise ValueError(f"{path} line {number} is damaged: {error}") from error
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        raise ValueError(f"{path} line {number} is not a record of a step")
-    version = line.get("schema_version", 0)
-    if version > SCHEMA_VERSION:
-        raise ValueError(f"{path} has schema version {version}; this program reads up to {SCHEMA_VERSION}")
-    return line
+    return read_step_lines(path, SCHEMA_VERSION)

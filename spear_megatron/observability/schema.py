@@ -8,22 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+
+from spear_megatron.observability.schema_spear import SPEAR
+from spear_megatron.observability.schema_types import Metric, spread
 
 SCHEMA_VERSION = 1
 HEADER_KEYS = ("schema_version", "step", "unix_time")
-
-
-class Metric(NamedTuple):
-    """One metric, or a family of them: ``<x>`` in the name stands for a word, ``<k>`` for a number."""
-
-    name: str
-    meaning: str
-    unit: str
-
-
-def _spread(name: str, meaning: str, unit: str) -> tuple[Metric, ...]:
-    return tuple(Metric(f"{name}/{statistic}", f"{meaning}, {statistic}", unit) for statistic in ("mean", "min", "max"))
 
 
 _ACTOR = (
@@ -46,17 +36,21 @@ _ACTOR = (
 )
 
 _ROLLOUT = (
-    *_spread("critic/rewards", "composed reward per trajectory", "reward"),
-    *_spread("critic/score", "outcome reward per trajectory, without bonus or penalty", "reward"),
-    *_spread("critic/advantages", "advantage per trajectory", "reward"),
+    *spread("critic/rewards", "composed reward per trajectory", "reward"),
+    *spread("critic/score", "outcome reward per trajectory, without bonus or penalty", "reward"),
+    *spread("critic/advantages", "advantage per trajectory", "reward"),
+    Metric("reward/outcome_mean", "outcome reward per trajectory, before bonus and penalties", "reward"),
+    Metric("reward/bonus_mean", "tool-call bonus per trajectory, times its coefficient mu", "reward"),
+    Metric("reward/invalid_mean", "turns without a usable action per trajectory", "turns"),
     Metric("reward/penalty_mean", "penalties (format, invalid action) per trajectory", "reward"),
     Metric("success/mean", "trajectories that solved their task", "fraction"),
     Metric("groups/zero_variance", "task groups whose rewards are all equal: no learning signal", "fraction"),
-    *_spread("response_length", "sampled tokens per trajectory", "tokens"),
+    *spread("response_length", "sampled tokens per trajectory", "tokens"),
     Metric("response_length/clip_ratio", "trajectories that used up the response budget", "fraction"),
-    *_spread("prompt_length", "tokens of the opening prompt", "tokens"),
-    *_spread("num_turns", "model turns per trajectory", "turns"),
+    *spread("prompt_length", "tokens of the opening prompt", "tokens"),
+    *spread("num_turns", "model turns per trajectory", "turns"),
     Metric("tools/calls_mean", "tool calls per trajectory", "calls"),
+    Metric("tools/turns_mean", "model turns with at least one tool call per trajectory", "turns"),
     Metric("tools/failures_mean", "tool calls that failed (error, time-out, bad arguments) per trajectory", "calls"),
     Metric("stop/<reason>", "trajectories that ended for this reason", "fraction"),
 )
@@ -78,6 +72,9 @@ _TIMING = (
     Metric("timing_s/old_log_prob", "trainer log-probs before the update", "s"),
     Metric("timing_s/ref", "reference log-probs", "s"),
     Metric("timing_s/adv", "advantages", "s"),
+    Metric("timing_s/filter", "sample and group filters", "s"),
+    Metric("timing_s/replay", "replay before the update: expiry, recalibration, choice, moving trajectories", "s"),
+    Metric("timing_s/push", "replay after the update: choice and storage of good trajectories", "s"),
     Metric("timing_s/pack", "packing and balancing over ranks", "s"),
     Metric("timing_s/update_actor", "forward, backward and optimizer", "s"),
     Metric("timing_s/publish", "weights from trainer to engine", "s"),
@@ -112,7 +109,7 @@ _VALIDATION = (
     Metric("env/<name>", "whatever a custom environment or reward reports, mean over trajectories", "any"),
 )
 
-METRICS: tuple[Metric, ...] = (*_ACTOR, *_ROLLOUT, *_TRAINING, *_TIMING, *_PERF, *_VALIDATION)
+METRICS: tuple[Metric, ...] = (*_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *_TIMING, *_PERF, *_VALIDATION)
 
 
 def _pattern(name: str) -> re.Pattern[str]:
