@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +11,12 @@ from harness import run_ranks
 from spear_step import COV, GAMMA, noisy, replay_rows, spear_step_on_rank
 from tiny import make_tiny_hf
 from train_step import (
-    BASELINE, MAX_RESPONSE_LENGTH, TEMPERATURE, Layout, build_actor, largest_gradient_error, make_rows,
+    BASELINE, MAX_RESPONSE_LENGTH, TEMPERATURE, Layout, build_actor, largest_gradient_error, make_rows, share_of_rank,
 )  # fmt: skip
+
+from spear_megatron.algorithms.config import PolicyLossConfig
+from spear_megatron.trainer.objective import ReplayTerm
+from spear_megatron.types import TrajectoryId
 
 LAYOUTS = (
     Layout("1 rank, one micro-batch", max_tokens=2048),
@@ -112,38 +116,24 @@ def test_equals_plain_torch_on_the_transformers_model(folder: str, baseline: dic
     assert error <= 1e-5, name
 
 
-def volume_on_rank(folder: str) -> list[float]:
-    """Losses of the self-imitation term alone, of its rows and of its rows twice."""
-    from dataclasses import replace
-
-    from spear_megatron.trainer.objective import ReplayTerm
-    from spear_megatron.types import TrajectoryId
-
-    losses = []
-    for copies in (1, 2):
-        actor, _, _ = build_actor(folder, BASELINE, loss_agg_mode="seq-mean-token-sum-norm")
-        once = noisy(actor, replay_rows(), 0.3)
-        rows = [
-            replace(row, trajectory=TrajectoryId(-3 - copy, *row.trajectory[1:])) for copy in range(copies) for row in once
-        ]
-        _, figures, _ = actor.policy_gradients([], replay=ReplayTerm(rows=rows, coefficient=GAMMA))
-        losses.append(figures.sums["loss"])
-    return losses
+def volume_on_rank(folder: str, copies: int) -> float:
+    """Loss of the self-imitation term alone, with every trajectory so many times."""
+    actor, _, _ = build_actor(folder, BASELINE, loss_agg_mode="seq-mean-token-sum-norm")
+    once = noisy(actor, replay_rows(), 0.3)
+    rows = [
+        replace(row, trajectory=TrajectoryId(-3 - copy, *row.trajectory[1:])) for copy in range(copies) for row in once
+    ]
+    return actor.policy_gradients([], replay=ReplayTerm(rows=rows, coefficient=GAMMA))[1].sums["loss"]
 
 
 def test_the_volume_of_replay_is_no_second_coefficient(folder: str) -> None:
-    once, twice = run_ranks(volume_on_rank, 1, folder)[0]
-    assert twice == pytest.approx(once, rel=1e-5)
+    once, twice = (run_ranks(volume_on_rank, 1, folder, copies)[0] for copies in (1, 2))
+    assert once != 0 and twice == pytest.approx(once, rel=1e-5)
 
 
 def scope_on_rank(folder: str, layout: Layout) -> dict[str, float]:
-    from spear_megatron.algorithms.config import PolicyLossConfig
-
-    actor, _, parallel = build_actor(
-        folder, layout, policy_loss=PolicyLossConfig(**{**COV, "cov_scope": "micro_batch"})
-    )
-    from train_step import share_of_rank
-
+    loss = PolicyLossConfig(**{**COV, "cov_scope": "micro_batch"})
+    actor, _, parallel = build_actor(folder, layout, policy_loss=loss)
     return actor.update(noisy(actor, share_of_rank(make_rows(), parallel), 0.3)).metrics
 
 
@@ -155,21 +145,20 @@ def test_the_scope_of_a_micro_batch_depends_on_the_packing_but_not_on_tensor_ran
     assert one["cov/selected"] >= 1 and alone["actor/loss"] != pytest.approx(one["actor/loss"], rel=1e-4)
 
 
-def micro_batch_share_on_rank(folder: str, layout: Layout) -> tuple[float, float]:
-    losses = []
-    for denominator in ("rows", "micro_batch_share"):
-        actor, _, _ = build_actor(
-            folder, layout, loss_agg_mode="seq-mean-token-sum-norm", sum_norm_denominator=denominator
-        )
-        losses.append(actor.policy_gradients(noisy(actor, make_rows(), 0.3))[1].sums["loss"])
-    return losses[0], losses[1]
+def denominator_on_rank(folder: str, layout: Layout, denominator: str) -> float:
+    fields = {"loss_agg_mode": "seq-mean-token-sum-norm", "sum_norm_denominator": denominator}
+    actor, _, _ = build_actor(folder, layout, **fields)
+    return actor.policy_gradients(noisy(actor, make_rows(), 0.3))[1].sums["loss"]
 
 
 def test_the_released_denominator_weighs_rows_by_their_company(folder: str) -> None:
-    rows = len({row.trajectory for row in make_rows()})
-    right, alone = run_ranks(micro_batch_share_on_rank, 1, folder, Layout("alone", max_tokens=50))[0]
-    same, crowded = run_ranks(micro_batch_share_on_rank, 1, folder, Layout("crowded", max_tokens=4096))[0]
+    alone, crowded = Layout("alone", max_tokens=50), Layout("crowded", max_tokens=4096)
+    right, same = (run_ranks(denominator_on_rank, 1, folder, layout, "rows")[0] for layout in (alone, crowded))
     assert right == pytest.approx(same, rel=1e-5)
-    assert crowded != pytest.approx(alone, rel=0.1)
-    # All packed rows (one of the 14 has no sampled token) in one micro-batch of a mini-batch of 16 trajectories.
-    assert crowded == pytest.approx(right * rows * 13 / 16, rel=1e-5)
+    by_alone, by_crowded = (
+        run_ranks(denominator_on_rank, 1, folder, layout, "micro_batch_share")[0] for layout in (alone, crowded)
+    )
+    trajectories = len({row.trajectory for row in make_rows()})
+    # 13 of the 14 rows have sampled tokens; a full mini-batch would have 16 trajectories.
+    assert by_crowded == pytest.approx(right * trajectories * 13 / 16, rel=1e-5)
+    assert abs(by_alone) < 0.25 * abs(by_crowded)
