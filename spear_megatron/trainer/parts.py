@@ -58,7 +58,7 @@ class StepSettings:
     val_sampling: SamplingParams
     ppo_mini_batch_size: int
     ppo_epochs: int
-    rule: RewardRule = RewardRule()
+    rule: RewardRule = RewardRule("per_turn", 1.0, 0.0, 0.0)
     rollout_filter_ratio: float = 1.0
     rollout_filter_type: str = "std"
     invalid_action_penalty: float = 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from spear_megatron.algorithms.filters import informative_groups
+from spear_megatron.algorithms.filters import group_spread, informative_groups
 from spear_megatron.algorithms.schedules import toolcall_coefficient
 from spear_megatron.data.exchange import redistribute, row_to_record
 from spear_megatron.data.index import IndexRow
@@ -71,7 +71,7 @@ class Run(RunFrame):
 
     def _informative(self, step: int, collected: Collected) -> Collected:
         scores = self._score(step, collected.index, ratio=1.0)
-        return restrict(collected, informative_groups({key: scores.rewards[key] for key in scores.counted}))
+        return restrict(collected, informative_groups(group_spread({key: scores.rewards[key] for key in scores.counted})))
 
     def score(self, step: int, index: Sequence[IndexRow]) -> Scores:
         """Shaped rewards, and what the filters leave to train on."""

@@ -102,10 +102,10 @@ def estimate(
     counted = torch.tensor([key in scores.counted for key in ids], dtype=torch.bool)
     groups = [key.group for key in ids]
     if config.adv_estimator == "rloo":
-        advantages = rloo_advantages(rewards, groups, counted)
+        advantages = rloo_advantages(rewards, groups, counted, singleton=config.singleton_advantage)
     elif config.adv_estimator == "reinforce_plus_plus":
         tokens = [0 if key in scores.masked else sum(rows[key].sampled_lengths) for key in ids]
-        advantages = reinforce_plus_plus_advantages(rewards, torch.tensor(tokens, dtype=torch.int64), counted)
+        advantages = reinforce_plus_plus_advantages(rewards, tokens, counted)
     else:
         by_std = (
             config.gigpo.mode == "mean_std_norm" if config.adv_estimator == "gigpo" else config.norm_adv_by_std_in_grpo
