@@ -67,8 +67,8 @@ class RolloutCorrectionConfig:
 
     Attributes:
         mode: none; tis (truncated importance sampling) weighs a token by min(exp(old_logp - rollout_logp), cap); icepop
-            drops tokens whose ratio leaves [low, high]; sequence_mask drops trajectories whose geometric mean ratio
-            does.
+            weighs it by that ratio and drops tokens whose ratio leaves [low, high]; sequence_mask drops trajectories
+            whose geometric mean ratio does.
         cap: of tis.
         low, high: bounds of icepop and sequence_mask.
     """

@@ -147,6 +147,15 @@ def test_long_rows_sum_the_same_wherever_they_lie() -> None:
     assert expected.num_selected == int(0.1 * sum(len(row.keys) for row in rows))
 
 
+def test_means_are_exact_sums_of_the_rows() -> None:
+    """Plain float64 addition of these rows gives another mean in another order."""
+    values = [1e17, 0.3, -1e17, 0.7]
+    rows = [TokenSet(*(torch.tensor([value]),) * 3, token_keys(number, 1)) for number, value in enumerate(values)]
+    means = {figures(select_tokens([rows[i] for i in order], CLIP))[-2:] for order in ((0, 1, 2, 3), (0, 2, 1, 3))}
+    assert len(means) == 1
+    assert means.pop() == pytest.approx((0.25, 0.25))
+
+
 @pytest.mark.parametrize("rule", [CLIP, KlCovRule(ratio=0.1)])
 def test_equal_keys_are_told_apart_by_row_position_and_value(rule: ClipCovRule | KlCovRule) -> None:
     rows = [
