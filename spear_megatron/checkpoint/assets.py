@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spear_megatron.checkpoint.files import FileEntry, FileSystem
+from spear_megatron.data.files import FileEntry, FileSystem
 
 FOLDER = "hf"
 TEMPLATE_FOLDER = "additional_chat_templates"

@@ -16,7 +16,7 @@ import torch
 from spear_megatron.checkpoint import assets as assets_module
 from spear_megatron.checkpoint import sharded, states
 from spear_megatron.checkpoint.errors import CheckpointError
-from spear_megatron.checkpoint.files import FileEntry, FileSystem
+from spear_megatron.data.files import FileEntry, FileSystem
 from spear_megatron.checkpoint.manifest import SHARDED, Manifest, StateEntry, read_manifest
 from spear_megatron.checkpoint.optimizer_state import load_schedule_state
 from spear_megatron.checkpoint.store import CheckpointStore

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spear_megatron.checkpoint.errors import DamagedCheckpoint
-from spear_megatron.checkpoint.files import FileEntry, hash_file
+from spear_megatron.data.files import FileEntry, hash_file
 
 FORMAT = "spear_megatron checkpoint"
 VERSION = 1

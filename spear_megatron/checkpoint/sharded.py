@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from spear_megatron.checkpoint.errors import CheckpointError
-from spear_megatron.checkpoint.files import FileEntry, FileSystem, hash_file
+from spear_megatron.data.files import FileEntry, FileSystem, hash_file
 from spear_megatron.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.parallel.agreement import gather_objects

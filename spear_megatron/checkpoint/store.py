@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from spear_megatron.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from spear_megatron.checkpoint.files import FileSystem
+from spear_megatron.data.files import FileSystem
 from spear_megatron.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spear_megatron.algorithms.config import AlgorithmConfig
-from spear_megatron.checkpoint.files import FileEntry
+from spear_megatron.data.files import FileEntry
 from spear_megatron.evaluation.run import evaluate
 from spear_megatron.observability.timing import PhaseTimer
 from spear_megatron.parallel.agreement import agree_any

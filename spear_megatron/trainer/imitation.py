@@ -11,7 +11,7 @@ from typing import Any
 
 from spear_megatron.algorithms.recalibration import GroupStatistics
 from spear_megatron.algorithms.schedules import replay_coefficient
-from spear_megatron.checkpoint.files import FileEntry
+from spear_megatron.data.files import FileEntry
 from spear_megatron.data.exchange import TensorRecord, exchange
 from spear_megatron.data.packing import row_key
 from spear_megatron.observability.lineage import StepLineage

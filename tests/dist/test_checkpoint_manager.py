@@ -16,7 +16,7 @@ from test_checkpoint_reshard import build, save, update
 from tiny import make_tiny_hf
 
 from spear_megatron.checkpoint.errors import CheckpointError
-from spear_megatron.checkpoint.files import FileSystem
+from spear_megatron.data.files import FileSystem
 from spear_megatron.checkpoint.manager import CheckpointManager
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.parallel.state import initialize

@@ -49,12 +49,14 @@ NO_SANDBOX = ("env.name=observers.scripted_run:Echo",)
 
 @dataclass
 class ScriptedRun:
-    """What a run asked of its collector, wrote into its record and left on disk."""
+    """What a run asked of its collector, wrote into its record and left on disk. ``make`` invents its trajectories."""
 
+    make: Callable[[Prompt, TrajectoryId], Trajectory] = field(default_factory=lambda: trajectory)
     tasks: list[Any] = field(default_factory=list)
     evaluations: list[Any] = field(default_factory=list)
     record: list[Mapping[str, float]] = field(default_factory=list)
     updates: list[list[tuple[Any, int]]] = field(default_factory=list)
+    replayed: list[list[tuple[Any, int]]] = field(default_factory=list)
 
 
 def trajectory(prompt: Prompt, task: TrajectoryId) -> Trajectory:
@@ -79,7 +81,7 @@ def scripted_collector(journal: ScriptedRun, parallel: Any) -> Any:
         (journal.tasks if tasks.purpose == "train" else journal.evaluations).append(tasks)
         samples = range(tasks.num_samples)
         return [
-            Group(prompt, tuple(trajectory(prompt, TrajectoryId(tasks.step, index, sample)) for sample in samples))
+            Group(prompt, tuple(journal.make(prompt, TrajectoryId(tasks.step, index, sample)) for sample in samples))
             for index, prompt in own
         ]
 
@@ -98,6 +100,8 @@ def scripted(config: Config, journal: ScriptedRun) -> Iterator[Any]:
 
         def noted(rows: Sequence[Any], **options: Any) -> Any:
             journal.updates.append([(row.trajectory, row.segment) for row in rows])
+            replay = options.get("replay")
+            journal.replayed.append([(row.trajectory, row.segment) for row in replay.rows] if replay else [])
             return update(rows, **options)
 
         run.parts.actor.update = noted
@@ -107,12 +111,14 @@ def scripted(config: Config, journal: ScriptedRun) -> Iterator[Any]:
         collector.close()
 
 
-def run_scripted(config: Config) -> ScriptedRun:
+def run_scripted(
+    config: Config, make: Callable[[Prompt, TrajectoryId], Trajectory] | None = None
+) -> ScriptedRun:
     """Train to the end with scripted rollouts."""
     from spear_megatron.observability.record import read_record
     from spear_megatron.trainer.loop import train
 
-    journal = ScriptedRun()
+    journal = ScriptedRun(make=make or trajectory)
     with scripted(config, journal) as run:
         train(run)
     machine = ("timing_s/", "perf/", "unix_time")
@@ -121,11 +127,11 @@ def run_scripted(config: Config) -> ScriptedRun:
     return journal
 
 
-def figure(*names: str) -> Callable[..., Any]:
+def figure(*names: str, make: Callable[[Prompt, TrajectoryId], Trajectory] | None = None) -> Callable[..., Any]:
     """Observer function: these figures of every step of a scripted run."""
 
     def observe(config: Config, scratch: Any) -> Any:
-        return [[line.get(name) for name in names] for line in run_scripted(config).record]
+        return [[line.get(name) for name in names] for line in run_scripted(config, make).record]
 
     return observe
 

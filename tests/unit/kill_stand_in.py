@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from spear_megatron.checkpoint.files import FileSystem
+from spear_megatron.data.files import FileSystem
 from spear_megatron.checkpoint.manifest import JSON, Manifest, StateEntry
 from spear_megatron.checkpoint.store import CheckpointStore
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from spear_megatron.algorithms.advantages import grpo_advantages, reinforce_plus_plus_advantages, rloo_advantages
 from spear_megatron.algorithms.config import AlgorithmConfig, KlCtrlConfig
-from spear_megatron.data.rows import trajectory_advantages
 from spear_megatron.types import TrajectoryId
 
 
@@ -70,17 +69,6 @@ def test_bad_rewards_are_refused() -> None:
         grpo_advantages(torch.tensor([float("inf"), 0.0]), ["a", "a"], torch.tensor([True, True]), norm_by_std=False)
     with pytest.raises(ValueError, match="one per trajectory"):
         grpo_advantages(torch.tensor([1.0, 0.0]), ["a"], torch.tensor([True, True]), norm_by_std=False)
-
-
-def test_groups_of_a_step_are_told_apart_by_id() -> None:
-    rewards = {TrajectoryId(3, task, sample): float(sample == task) for task in (7, 1) for sample in range(2)}
-    advantages = trajectory_advantages(rewards, norm_by_std=False)
-    assert advantages == {
-        TrajectoryId(3, 1, 0): -0.5,
-        TrajectoryId(3, 1, 1): 0.5,
-        TrajectoryId(3, 7, 0): 0.0,
-        TrajectoryId(3, 7, 1): 0.0,
-    }
 
 
 @pytest.mark.parametrize("kwargs", [{"adv_estimator": "gae"}, {"kl_penalty": "k9"}])

@@ -10,7 +10,7 @@ import torch
 
 from spear_megatron.checkpoint.assets import asset_files, copy_assets
 from spear_megatron.checkpoint.errors import DamagedCheckpoint
-from spear_megatron.checkpoint.files import FileSystem, hash_file
+from spear_megatron.data.files import FileSystem, hash_file
 from spear_megatron.checkpoint.manifest import Manifest, StateEntry
 from spear_megatron.checkpoint.states import decode_states, encode_state
 

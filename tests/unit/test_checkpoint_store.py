@@ -13,7 +13,7 @@ from typing import IO, Any
 import pytest
 
 from spear_megatron.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from spear_megatron.checkpoint.files import FileSystem
+from spear_megatron.data.files import FileSystem
 from spear_megatron.checkpoint.manifest import JSON, SHARDED, Manifest, StateEntry, read_manifest
 from spear_megatron.checkpoint.store import CheckpointStore, step_name
 

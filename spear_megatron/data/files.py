@@ -1,4 +1,4 @@
-"""The few file operations checkpointing needs, durable and in one place, so that tests can fail any of them."""
+"""The few file operations that checkpoints and replay need, durable and in one place, so that tests can fail any."""
 
 from __future__ import annotations
 
