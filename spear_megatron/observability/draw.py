@@ -80,7 +80,7 @@ def _head(figure: Any, arms: Sequence[Arm], title: str, smooth: int) -> None:
     if len(arms) > 1:
         handles = [Line2D([], [], color=_colour(index), linewidth=2.5) for index in range(len(arms))]
         names = [f"{arm.label}, {len(arm.records)} seeds" if len(arm.records) > 1 else arm.label for arm in arms]
-        figure.legend(handles, names, loc="outside upper left", ncols=min(len(arms), 5), frameon=False, fontsize=10)
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(arms), 5), frameon=False, fontsize=10)
 
 
 def _colour(index: int) -> str:

@@ -50,6 +50,7 @@ def show_lineage(console: Console, run_dir: str, id: TrajectoryId) -> None:
     console.print(_entry(lineage))
     if lineage.uses:
         console.print(_uses(lineage.uses))
+        console.print(Text("cov: tokens that lost their gradient; weight: of a token in the loss", style="dim"))
     if lineage.pushed or lineage.uses:
         console.print(_exit(lineage))
 
@@ -69,7 +70,7 @@ def show_most_replayed(console: Console, run_dir: str) -> None:
     if not lineages:
         console.print(Text("nothing was replayed; 'doctor RUN_DIR' looks for the reason"))
         return
-    table = _table("id", "uses", "in steps", "max age", "base", "bonus", "A push", "last A~", "tokens", "cov", "buffer")
+    table = _table("id", "uses", "steps", "age", "base", "bonus", "A", "A~", "tokens", "cov", "buffer")
     for lineage in lineages:
         uses, entry = lineage.uses, lineage.pushed
         table.add_row(
@@ -79,7 +80,10 @@ def show_most_replayed(console: Console, run_dir: str) -> None:
             f"{lineage.left[1]} {lineage.left[0]}" if lineage.left else "in",
         )  # fmt: skip
     console.print(table)
-    console.print(Text("cov: tokens that lost their gradient, all uses; --lineage ID shows one trajectory", style="dim"))
+    console.print(Text(
+        "age: largest; A: in its group; A~: recalibrated, last use; cov: tokens that lost their gradient, all uses.\n"
+        "--lineage ID shows one trajectory", style="dim",
+    ))  # fmt: skip
 
 
 def _kept(run_dir: str, id: TrajectoryId) -> KeptTrajectory | None:
@@ -126,8 +130,8 @@ def _entry(lineage: Lineage) -> Text:
         entry = lineage.pushed
         text.append("pushed into the replay buffer", style="green")
         text.append(
-            f"\ngroup advantage {entry.advantage:+.3f}  reward {entry.reward:+.3f} = base {entry.base:+.3f} and tool "
-            f"bonus {entry.bonus:.3f} times mu  {entry.tokens} sampled tokens",
+            f"\ngroup advantage {entry.advantage:+.3f}, {entry.tokens} sampled tokens\n"
+            f"reward {entry.reward:+.3f} = base {entry.base:+.3f} + mu * tool bonus {entry.bonus:.3f}",
             style="not bold",
         )
     elif lineage.rejected is not None:
@@ -139,7 +143,7 @@ def _entry(lineage: Lineage) -> Text:
 
 
 def _uses(uses: tuple[Use, ...]) -> Table:
-    table = _table("replayed in", "update", "age", "mu", "gamma", "P50", "reward", "A~", "tokens", "cov", "weight/token")
+    table = _table("replayed", "update", "age", "mu", "gamma", "P50", "reward", "A~", "tokens", "cov", "weight")
     for use in uses:
         item = use.used
         table.add_row(
@@ -160,7 +164,7 @@ def _exit(lineage: Lineage) -> Text:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0))
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     return table
