@@ -17,6 +17,7 @@ _LINES = {"solid": "-", "dashed": (0, (4, 1.5)), "dotted": (0, (1, 1.5)), "point
 _BARS = "▁▂▃▄▅▆▇█"
 _COLUMNS = 2
 _LEGEND_COLUMNS = 3
+_LEGEND_WIDTH = 110  # characters that fit side by side below the panels
 
 
 def save_panels(
@@ -35,13 +36,14 @@ def save_panels(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise ValueError("drawing needs matplotlib; run 'pip install matplotlib'") from error
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(10, 2.75 * rows + 0.7), layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, hspace=0.02, wspace=0.02)
+    figure = Figure(figsize=(10, 2.75 * rows + 0.7), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.02, wspace=0.02)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     labels = [arm.label for arm in arms]
     last = max(line.curve.steps[-1] for panel in panels for line in panel.lines)
@@ -80,7 +82,8 @@ def _head(figure: Any, arms: Sequence[Arm], title: str, smooth: int) -> None:
     if len(arms) > 1:
         handles = [Line2D([], [], color=_colour(index), linewidth=2.5) for index in range(len(arms))]
         names = [f"{arm.label}, {len(arm.records)} seeds" if len(arm.records) > 1 else arm.label for arm in arms]
-        figure.legend(handles, names, loc="outside lower center", ncols=min(len(arms), 5), frameon=False, fontsize=10)
+        columns = max(_LEGEND_WIDTH // (max(map(len, names)) + 6), 1)  # 6: the sample and the gap
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
 
 
 def _colour(index: int) -> str:
@@ -91,7 +94,7 @@ def _draw_panel(axes: Any, panel: Panel, arms: Sequence[str], last_step: int) ->
     from matplotlib.ticker import MaxNLocator
 
     quantities = list(dict.fromkeys(line.quantity for line in panel.lines))
-    by_arm = len(arms) > 1 and not panel.title.endswith(tuple(f": {arm}" for arm in arms))
+    by_arm = len(arms) > 1 and not panel.one_arm
     for line in panel.lines:
         colour = _colour(arms.index(line.arm) if by_arm else quantities.index(line.quantity))
         _draw_line(axes, line, colour)
@@ -162,7 +165,7 @@ def panels_text(panels: Sequence[Panel], arms: Sequence[Arm], width: int = 40) -
         shown = panels[0].lines[0]
         blocks.append(text_chart(shown.curve, f"{panels[0].title}: {shown.quantity}", limits=panels[0].limits))
     for panel in panels:
-        names = [line.quantity if len(arms) == 1 else f"{line.arm}: {line.quantity}" for line in panel.lines]
+        names = [line.quantity if len(arms) == 1 or panel.one_arm else f"{line.arm}: {line.quantity}" for line in panel.lines]
         margin = max(map(len, names))
         rows = [f"{panel.title} ({panel.unit})"]
         for name, line in zip(names, panel.lines):

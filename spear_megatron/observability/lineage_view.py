@@ -73,10 +73,11 @@ def show_most_replayed(console: Console, run_dir: str) -> None:
     table = _table("id", "uses", "steps", "age", "base", "bonus", "A", "A~", "tokens", "cov", "buffer")
     for lineage in lineages:
         uses, entry = lineage.uses, lineage.pushed
+        at_push = (None, None, None) if entry is None else (entry.base, entry.bonus, entry.advantage)
         table.add_row(
             str(lineage.id), str(len(uses)), f"{uses[0].step}-{uses[-1].step}", str(max(use.used.age for use in uses)),
-            _signed(entry and entry.base), _signed(entry and entry.bonus), _signed(entry and entry.advantage),
-            _signed(uses[-1].used.advantage), str(uses[-1].used.tokens), str(sum(use.used.selected for use in uses)),
+            *map(_signed, at_push), _signed(uses[-1].used.advantage), str(uses[-1].used.tokens),
+            str(sum(use.used.selected for use in uses)),
             f"{lineage.left[1]} {lineage.left[0]}" if lineage.left else "in",
         )  # fmt: skip
     console.print(table)

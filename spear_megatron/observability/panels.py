@@ -18,7 +18,7 @@ class Line:
 
     Attributes:
         arm: label of its runs. quantity: what it shows. style: ``points`` are markers with their interval as a bar.
-        raw: the curve before smoothing, where only one run stands behind it.
+        raw: the curve before smoothing, where nothing but one run is shown.
     """
 
     arm: str
@@ -30,12 +30,18 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Curves that share their axes. ``limits`` is the range of the vertical one, where it is fixed."""
+    """Curves that share their axes.
+
+    Attributes:
+        limits: range of the vertical axis, where it is fixed.
+        one_arm: all curves are of one arm, though others may stand in the other panels.
+    """
 
     title: str
     unit: str
     lines: tuple[Line, ...]
     limits: tuple[float, float] | None = None
+    one_arm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,7 @@ def _panel(
         for item in wanted:
             width = 1 if item.style == "points" else smooth
             points = arm_curve(arm, item.metric, width)
-            raw = arm_curve(arm, item.metric) if width > 1 and len(arm.records) == 1 else None
+            raw = arm_curve(arm, item.metric) if width > 1 and len(arms) == len(arm.records) == 1 else None
             if points.steps:
                 lines.append(Line(arm.label, item.quantity, points, item.style, raw))
     return Panel(title, unit, tuple(lines), limits)
@@ -107,11 +113,12 @@ def _unless_zero(panel: Panel) -> Panel | None:
 def _flow(arm: Arm, named: bool, smooth: int) -> Panel | None:
     """What went in and out of one arm's buffer; quantities that are zero throughout are left out."""
     rejected = [
-        _Wanted(name, f"rejected: {name.rpartition('/')[2]}", "dashed") for name in metric_names([arm], "replay/rejected/")
+        _Wanted(name, f"rejected: {name.rpartition('/')[2]}", "dashed")
+        for name in metric_names([arm], "replay/rejected/")
     ]
     quantities = ("pushed", "replayed", "expired", "evicted")
     wanted = [*(_Wanted(f"replay/{quantity}", quantity) for quantity in quantities), *rejected]
     title = f"Flow of the replay buffer{f': {arm.label}' if named else ''}"
     panel = _panel(title, "trajectories per step", wanted, [arm], smooth)
     lines = tuple(line for line in panel.lines if any(line.curve.values))
-    return Panel(panel.title, panel.unit, lines) if lines else None
+    return Panel(panel.title, panel.unit, lines, one_arm=True) if lines else None
