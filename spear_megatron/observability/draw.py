@@ -165,7 +165,8 @@ def panels_text(panels: Sequence[Panel], arms: Sequence[Arm], width: int = 40) -
         shown = panels[0].lines[0]
         blocks.append(text_chart(shown.curve, f"{panels[0].title}: {shown.quantity}", limits=panels[0].limits))
     for panel in panels:
-        names = [line.quantity if len(arms) == 1 or panel.one_arm else f"{line.arm}: {line.quantity}" for line in panel.lines]
+        alone = len(arms) == 1 or panel.one_arm
+        names = [line.quantity if alone else f"{line.arm}: {line.quantity}" for line in panel.lines]
         margin = max(map(len, names))
         rows = [f"{panel.title} ({panel.unit})"]
         for name, line in zip(names, panel.lines):
