@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "measure success rates on held-out tasks",
     "convert": "convert between Hugging Face and Megatron checkpoints",
     "view": "show the trajectories that a run kept",
+    "plot": "draw the curves of one or several runs",
     "chat": "talk to a trained agent",
     "doctor": "check this machine, or look for failure patterns in a run",
 }

@@ -14,6 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--id", help="one trajectory: step-task-sample")
     which.add_argument("--best", action="store_true", help="the trajectory of largest reward (the default)")
     which.add_argument("--worst", action="store_true", help="the trajectory of smallest reward")
+    which.add_argument(
+        "--lineage", nargs="?", const="", metavar="ID",
+        help="what became of one trajectory (step-task-sample) in the replay buffer; without ID the most replayed ones",
+    )  # fmt: skip
     which.add_argument("--all", action="store_true", help="every trajectory kept of the step")
     parser.add_argument("--tokens", action="store_true", help="verbatim text, coloured by the loss mask")
 
@@ -26,6 +30,14 @@ def run(args: argparse.Namespace) -> int:
     from spear_megatron.observability.trajectories import read_trajectories
 
     console = Console(highlight=False)
+    if args.lineage is not None:
+        from spear_megatron.observability import lineage_view
+
+        if args.lineage:
+            lineage_view.show_lineage(console, args.run_dir, view.parse_id(args.lineage, "--lineage"))
+        else:
+            lineage_view.show_most_replayed(console, args.run_dir)
+        return 0
     if args.id is not None:
         view.show(console, view.find(args.run_dir, view.parse_id(args.id), args.kind), args.tokens)
         return 0

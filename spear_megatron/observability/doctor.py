@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spear_megatron.observability import patterns_policy as policy
+from spear_megatron.observability import patterns_replay as replay
 from spear_megatron.observability import patterns_rollout as rollout
 from spear_megatron.observability.findings import LEVELS, Finding
 from spear_megatron.observability.record import read_record
@@ -28,6 +29,12 @@ CHECKS: tuple[Callable[[Record], Finding | None], ...] = (
     rollout.length_clip,
     rollout.length_explosion,
     rollout.dominant_phase,
+    replay.never_replayed,
+    replay.replay_without_weight,
+    replay.covariance_selects_nothing,
+    replay.replay_covariance_selects_nothing,
+    replay.baseline_not_finite,
+    replay.all_pushes_rejected,
 )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -181,34 +182,40 @@ def read_lineage(run_dir: str | Path) -> list[StepLineage]:
 
 def trace(run_dir: str | Path, id: TrajectoryId) -> Lineage:
     """The way of trajectory ``id`` through the run; check :attr:`Lineage.known`. Raises as :func:`read_lineage`."""
-    return trace_in(read_lineage(run_dir), id)
+    return trace_in(read_lineage(run_dir), [id])[id]
 
 
-def trace_in(events: Iterable[StepLineage], id: TrajectoryId) -> Lineage:
-    """The way of trajectory ``id`` through ``events``, which are in step order."""
-    found: dict[str, Any] = {}
-    uses: list[Use] = []
+def trace_in(events: Iterable[StepLineage], ids: Collection[TrajectoryId]) -> dict[TrajectoryId, Lineage]:
+    """The ways of several trajectories through ``events``, which are in step order, in one pass."""
+    found: dict[TrajectoryId, dict[str, Any]] = {id: {"uses": ()} for id in ids}
     last_step = 0
     for event in events:
         last_step = event.step
-        if event.step < id.step:
-            continue
-        if event.step == id.step:
-            found["mu"] = event.mu
+        for id in found:
+            if id.step == event.step:
+                found[id]["mu"] = event.mu
         for item in event.pushed:
-            if item.id == id:
-                found["pushed"] = item
+            if item.id in found:
+                found[item.id]["pushed"] = item
         for name, lists in (("rejected", event.rejected), ("filtered", event.filtered)):
-            for reason, ids in lists.items():
-                if id in ids:
-                    found[name] = reason
-        uses += [Use(event.step, event.mu, event.gamma, event.p50, item) for item in event.used if item.id == id]
-        ways: tuple[tuple[Literal["expired", "evicted"], tuple[TrajectoryId, ...]], ...]
-        ways = (("expired", event.expired), ("evicted", event.evicted))
-        for way, ids in ways:
-            if id in ids:
-                found["left"] = (event.step, way)
-    return Lineage(id=id, last_step=last_step, uses=tuple(uses), **found)
+            for reason, members in lists.items():
+                for id in found.keys() & set(members):
+                    found[id][name] = reason
+        for used in event.used:
+            if used.id in found:
+                found[used.id]["uses"] += (Use(event.step, event.mu, event.gamma, event.p50, used),)
+        for way, members in (("expired", event.expired), ("evicted", event.evicted)):
+            for id in found.keys() & set(members):
+                found[id]["left"] = (event.step, way)
+    return {id: Lineage(id=id, last_step=last_step, **values) for id, values in found.items()}
+
+
+def most_replayed(events: Sequence[StepLineage], limit: int) -> list[Lineage]:
+    """At most ``limit`` replayed trajectories, those with the most uses first; of equals the oldest."""
+    counts = Counter(item.id for event in events for item in event.used)
+    ids = sorted(counts, key=lambda id: (-counts[id], id))[:limit]
+    lineages = trace_in(events, ids)
+    return [lineages[id] for id in ids]
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ _BUFFER = (
 )
 
 _REPLAY = (
-    Metric("replay/trigger", "trajectories that have to be stored, or to qualify, before replay starts", "trajectories"),
+    Metric("replay/trigger", "trajectories that must be stored, or qualify, before replay starts", "trajectories"),
     Metric("replay/qualifying", "stored trajectories whose recalibrated advantage is positive", "trajectories"),
     Metric("replay/non_positive", "stored trajectories whose recalibrated advantage is not positive", "trajectories"),
     Metric("replay/p50", "baseline of the recalibration: median of the groups' mean rewards", "reward"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -47,7 +47,10 @@ class KeptTrajectory:
 
 
 class TrajectoryStore:
-    """Keeps up to ``per_step`` trajectories of each step. Writing a step again replaces its file as a whole."""
+    """Keeps up to ``per_step`` trajectories of each step, and as many again of those that the caller asks for.
+
+    Writing a step again replaces its file as a whole.
+    """
 
     def __init__(
         self,
@@ -74,12 +77,19 @@ class TrajectoryStore:
         self._drop_after(-1 if resume_step is None else resume_step)
 
     def write(
-        self, step: int, groups: Iterable[Group], rewards: Mapping[TrajectoryId, float], kind: Kind = "train"
+        self,
+        step: int,
+        groups: Iterable[Group],
+        rewards: Mapping[TrajectoryId, float],
+        kind: Kind = "train",
+        keep_ids: Collection[TrajectoryId] = (),
     ) -> int:
         """Keep a selection of ``groups`` for ``step``; returns how many were kept.
 
         Args:
             rewards: composed reward per trajectory; where it is missing, the outcome stands for it.
+            keep_ids: trajectories to keep besides, such as those that entered the replay buffer: at most ``per_step``
+                more, those of largest reward first.
         """
         pairs = [(trajectory, group.prompt) for group in groups for trajectory in group.trajectories]
         pairs.sort(key=lambda pair: pair[0].id)
@@ -88,6 +98,10 @@ class TrajectoryStore:
             chosen = evenly_spaced(len(pairs), self._per_step)
         else:
             chosen = select(values, self._per_step)
+        wanted = set(keep_ids) - {pairs[index][0].id for index in chosen}
+        more = [index for index, (trajectory, _) in enumerate(pairs) if trajectory.id in wanted]
+        more.sort(key=lambda index: (-values[index], index))
+        chosen = sorted([*chosen, *more[: self._per_step]])
         if not chosen:
             return 0
         lines = [json.dumps(encode(*pairs[index], values[index], self._decode)) for index in chosen]

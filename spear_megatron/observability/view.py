@@ -29,15 +29,15 @@ _LEGEND = "green: sampled by the policy and trained on; dim: inserted, masked ou
 _PLAIN_LEGEND = "«...»: sampled by the policy and trained on; the rest was inserted and is masked out of the loss"
 
 
-def parse_id(text: str) -> TrajectoryId:
-    """``step-task-sample`` as an id.
+def parse_id(text: str, option: str = "--id") -> TrajectoryId:
+    """``step-task-sample``, given to ``option``, as an id.
 
     Raises:
         ValueError: it is not three numbers.
     """
     match = re.fullmatch(r"(\d+)-(\d+)-(\d+)", text.strip())
     if match is None:
-        raise ValueError(f"--id {text!r} is not a trajectory id; give step-task-sample, such as 12-3-0")
+        raise ValueError(f"{option} {text!r} is not a trajectory id; give step-task-sample, such as 12-3-0")
     return TrajectoryId(*(int(part) for part in match.groups()))
 
 
@@ -87,7 +87,7 @@ def show_step(console: Console, kept: Sequence[KeptTrajectory], title: str) -> N
         table.add_row(
             str(run.id), f"{item.reward:+.3f}", "yes" if run.reward.success else "no",
             str(run.num_turns), str(run.num_tool_calls), str(run.num_tool_failures), str(run.num_response_tokens),
-            run.stop_reason.value, Text(_safe(problem_text(item))[:60].replace("\n", " ")),
+            run.stop_reason.value, Text(safe(problem_text(item))[:60].replace("\n", " ")),
         )  # fmt: skip
     console.print(table)
 
@@ -103,7 +103,7 @@ def show(console: Console, item: KeptTrajectory, tokens: bool = False) -> None:
     else:
         console.print(conversation(item))
     if item.trajectory.error:
-        console.print(Text(f"error: {_safe(item.trajectory.error)}", style="red"))
+        console.print(Text(f"error: {safe(item.trajectory.error)}", style="red"))
 
 
 def header(item: KeptTrajectory) -> Text:
@@ -130,7 +130,7 @@ def conversation(item: KeptTrajectory) -> RenderableType:
         messages = (*opening, *messages)
     panels: list[RenderableType] = [message_panel(message) for message in messages]
     if item.prompt.answer is not None:
-        panels.append(Text(f"expected answer: {_safe(item.prompt.answer)}", style="italic"))
+        panels.append(Text(f"expected answer: {safe(item.prompt.answer)}", style="italic"))
     return Group(*panels)
 
 
@@ -138,7 +138,7 @@ def span_text(spans: Sequence[Span], colour: bool) -> Text:
     """Verbatim tokens: trained ones green, inserted ones dim; without colours, trained ones in guillemets."""
     text = Text()
     for span in spans:
-        body = _safe(span.text)
+        body = safe(span.text)
         text.append(body if colour or not span.trained else f"«{body}»", style="green" if span.trained else "dim")
     return text
 
@@ -159,7 +159,7 @@ def side_by_side(before: KeptTrajectory, after: KeptTrajectory, titles: tuple[st
         cells.append(Panel(body, title=title, border_style="green" if solved else "red"))
     columns.add_row(*cells)
     answer = f"\nexpected answer: {item.prompt.answer}" if item.prompt.answer is not None else ""
-    text = Text(_safe(problem_text(before) + answer))
+    text = Text(safe(problem_text(before) + answer))
     return Group(Panel(text, title="problem", title_align="left", border_style="cyan"), columns)
 
 
@@ -188,7 +188,7 @@ def message_panel(message: Mapping[str, Any]) -> Panel:
     """One chat message in a frame that says who speaks and whether its tokens are trained on."""
     role = str(message.get("role", "?"))
     style = _ROLE_STYLES.get(role, "white")
-    body = Text(_safe(str(message.get("content") or "")), style=style)
+    body = Text(safe(str(message.get("content") or "")), style=style)
     body.highlight_regex(_TOOL_CALL, "bold magenta")
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
@@ -197,11 +197,11 @@ def message_panel(message: Mapping[str, Any]) -> Panel:
         text = shown if isinstance(shown, str) else json.dumps(arguments, ensure_ascii=False, default=str)
         if body:
             body.append("\n")
-        body.append(_safe(f"{function.get('name', '?')}: {text}"), style="bold magenta")
+        body.append(safe(f"{function.get('name', '?')}: {text}"), style="bold magenta")
     titles = {"assistant": "assistant (trained)", "tool": "tool response (masked)"}
     return Panel(body, title=titles.get(role, f"{role} (masked)"), title_align="left", border_style=style)
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
     """Model output may hold terminal control codes: shown, not obeyed."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -43,7 +43,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["view", "doctor"])
+@pytest.mark.parametrize("command", ["view", "plot", "doctor"])
 def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys; from spear_megatron.__main__ import main\n"

@@ -66,6 +66,33 @@ def ramp(first: float, last: float) -> Callable[[int, float], float]:
     return lambda step, _: first + (last - first) * (step - 1) / (NUM_STEPS - 1)
 
 
+def spear(**series: Callable[[int, float], float]) -> list[Line]:
+    """The same run with replay from step 6 on and covariance selection, some metrics replaced."""
+    lines = changed()
+    for line in lines[1:]:
+        step = line["step"]
+        line |= {
+            "spear/mu": max(1 - step / 20, 0.0),
+            "spear/gamma": min(step / 20, 1.0),
+            "replay/pushed": 12.0,
+            "replay/rejected/advantage": 80.0,
+            "replay/rejected/requirement": 4.0,
+            "replay/stored": min(12.0 * step, 96.0),
+            "replay/expired": 12.0 if step > 8 else 0.0,
+            "replay/trigger": 64.0,
+            "replay/qualifying": min(10.0 * step, 80.0),
+            "replay/replayed": 16.0 if step > 5 else 0.0,
+            "replay/p50": 0.4,
+            "replay/p50_std": 0.3,
+            "cov/candidates": 40.0,
+            "cov/replay_candidates": 30.0 if step > 5 else 0.0,
+        }
+        for name, function in series.items():
+            key = name.replace("__", "/")
+            line[key] = function(step, line.get(key, 0.0))
+    return lines
+
+
 def constant(value: float) -> Callable[[int, float], float]:
     return lambda step, _: value
 
@@ -114,6 +141,28 @@ PATTERNS: dict[str, tuple[list[Line], str, str]] = {
     "episodes end at the turn limit": (changed(stop__turn_limit=constant(0.7)), "0.7", "max_assistant_turns"),
     "tool output does not fit": (changed(stop__tool_overflow=constant(0.4)), "0.4", "max_tool_response_length"),
     "turns hold neither a tool call nor an answer": (changed(stop__void_turn=constant(0.4)), "0.4", "data.instruction"),
+    "replay never triggered": (
+        spear(replay__replayed=constant(0), replay__trigger=constant(512)),
+        "reached 96 at step 8, replay/trigger is 512, replay/qualifying at most 80; as many leave by age (12 over",
+        "trajectory_tolerate_steps",
+    ),
+    "replay without weight": (spear(spear__gamma=constant(0)), "replay/replayed is 16 over", "replay_loss_coef"),
+    "covariance selection finds no token": (spear(cov__candidates=constant(0)), "all 30 steps", "clip_cov_lb"),
+    "covariance selection finds no replayed token": (
+        spear(cov__replay_candidates=constant(0)),
+        "all 25 steps from 6 to 30",
+        "clip_cov_ub_replay",
+    ),
+    "replay baseline not finite": (
+        spear(replay__p50=lambda step, value: None if step in (7, 9) else value),  # type: ignore[arg-type,return-value]
+        "in 2 steps, first at step 7, last at 9",
+        "weight_decay_trajectory_replay",
+    ),
+    "one rule rejects every push": (
+        spear(replay__pushed=constant(0), replay__rejected__requirement=constant(1)),
+        "replay/rejected/advantage is 800 and replay/pushed 0 over steps 21-30",
+        "trajectory_score_threshold",
+    ),
     "one phase dominates": (changed(timing_s__gen=constant(100), timing_s__step=constant(105)), "95%", "max_num_seqs"),
 }
 ALSO = {"length explosion": {"no progress"}, "tool calls without success": {"no progress"}}
@@ -134,6 +183,30 @@ def test_each_pattern_is_found_alone(name: str) -> None:
 @pytest.mark.parametrize("final", [0.5, 0.75, 0.97, 1.0])
 def test_healthy_runs_are_silent(seed: int, final: float) -> None:
     assert diagnose_record(healthy(final=final, seed=seed)) == []
+
+
+def test_healthy_replay_is_silent() -> None:
+    assert diagnose_record(spear()) == []
+
+
+def test_why_replay_never_triggered() -> None:
+    growing = spear(
+        replay__replayed=constant(0), replay__expired=constant(0), replay__stored=lambda step, _: 12.0 * step,
+        replay__trigger=constant(512),
+    )  # fmt: skip
+    (finding,) = diagnose_record(growing)
+    assert "reached 360 at step 30" in finding.evidence and "by age" not in finding.evidence
+    assert "trajectory_buffer_size" in finding.remedy and "tolerate" not in finding.remedy
+    (finding,) = diagnose_record(spear(replay__replayed=constant(0), replay__qualifying=constant(0)))
+    assert "replay/qualifying at most 0" in finding.evidence and "above the baseline replay/p50" in finding.remedy
+    assert diagnose_record(growing[:20]) == []  # 19 steps
+
+
+def test_rejections_are_no_pattern_when_rules_share_them_or_all_is_solved() -> None:
+    none_pushed = {"replay__pushed": constant(0), "replay__rejected__requirement": constant(1)}
+    assert diagnose_record(spear(**(none_pushed | {"replay__rejected__requirement": constant(30)}))) == []
+    solved = spear(**none_pushed, success__mean=constant(0.97))
+    assert "one rule rejects every push" not in [finding.name for finding in diagnose_record(solved)]
 
 
 def test_a_solved_run_may_have_low_entropy_and_equal_rewards() -> None:

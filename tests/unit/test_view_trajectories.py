@@ -101,6 +101,20 @@ def test_at_most_so_many_are_kept_with_best_and_worst(tmp_path: Path) -> None:
     assert TrajectoryStore(tmp_path, 0, decode).write(2, groups(2), {}) == 0
 
 
+def test_wanted_trajectories_are_kept_besides(tmp_path: Path) -> None:
+    ids = [run.id for group in groups(1) for run in group.trajectories]
+    rewards = {name: float(index) for index, name in enumerate(ids)}
+    store = TrajectoryStore(tmp_path, 2, decode)
+    chosen = {ids[0], ids[3]}  # evenly spread
+    assert store.write(1, groups(1), rewards) == 2
+    assert {item.trajectory.id for item in read_trajectories(tmp_path, 1)} == chosen
+    assert store.write(1, groups(1), rewards, keep_ids=[ids[3], ids[1], ids[4], ids[2], TrajectoryId(0, 0, 0)]) == 4
+    kept = [item.trajectory.id for item in read_trajectories(tmp_path, 1)]
+    assert kept == sorted(chosen | {ids[4], ids[2]})  # as many again, those of largest reward
+    assert store.write(2, groups(2), {}, keep_ids=()) == 2
+    assert TrajectoryStore(tmp_path, 0, decode).write(3, groups(3), {}, keep_ids=[TrajectoryId(3, 0, 0)]) == 0
+
+
 def test_selection() -> None:
     assert evenly_spaced(10, 5) == [0, 2, 4, 6, 8] and evenly_spaced(3, 5) == [0, 1, 2] and evenly_spaced(3, 0) == []
     assert select([5.0, 1.0, 3.0, 9.0, 2.0, 4.0], 4) == [0, 1, 3, 4]
