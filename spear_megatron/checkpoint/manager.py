@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from spear_megatron.checkpoint import assets as assets_module
 from spear_megatron.checkpoint import sharded, states
-from spear_megatron.checkpoint.errors import CheckpointError
+from spear_megatron.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from spear_megatron.data.files import FileEntry, FileSystem
 from spear_megatron.checkpoint.manifest import SHARDED, Manifest, StateEntry, read_manifest
 from spear_megatron.checkpoint.optimizer_state import load_schedule_state
@@ -48,6 +48,7 @@ class _Job:
     states: dict[str, StateEntry]
     needed: int
     deadline: float
+    external: tuple[FileEntry, ...] = ()
     results: list[Any] = field(default_factory=list)
     entries: list[FileEntry] = field(default_factory=list)
     error: str | None = None
@@ -73,6 +74,7 @@ class CheckpointManager:
         min_free_factor: float = 1.1,
         write_timeout_s: float = 3600.0,
         files: FileSystem | None = None,
+        collect: Callable[[set[str]], None] | None = None,
     ) -> None:
         """Open ``root``, creating it if needed and clearing what an interrupted save left behind.
 
@@ -84,6 +86,8 @@ class CheckpointManager:
             assets: Hugging Face folder whose config and tokenizer go into every checkpoint, so that it can be exported.
             min_free_factor: free space required, as a multiple of the size of the checkpoint.
             write_timeout_s: deadline of one write.
+            collect: called on rank 0 after each completed checkpoint with the external files that kept checkpoints
+                name (paths relative to the parent of ``root``); it may delete others.
 
         Raises:
             ValueError: ``keep`` or ``min_free_factor`` is below 1.
@@ -99,6 +103,7 @@ class CheckpointManager:
         self._assets = assets
         self._min_free_factor = min_free_factor
         self._write_timeout_s = write_timeout_s
+        self._collect = collect
         self._refused: set[int] = set()
         self._job: _Job | None = None
         self._agree(f"checkpoint folder {root} cannot be used", self._on_rank_0(self._store.clean))
@@ -114,6 +119,7 @@ class CheckpointManager:
         optimizer: Any | None,
         scheduler: Any | None,
         small_states: Mapping[str, Any],
+        external: Sequence[FileEntry] = (),
     ) -> None:
         """Write the checkpoint of ``step`` and then delete those beyond ``keep``.
 
@@ -124,6 +130,7 @@ class CheckpointManager:
             optimizer: Megatron optimizer, or None to save the weights alone.
             scheduler: has a JSON-able ``state_dict()``; None leaves it out.
             small_states: every other state by name (JSON-able, or holding tensors); rank 0's are written.
+            external: files of the run directory that belong to the checkpoint with their first bytes; durable already.
 
         Raises:
             CheckpointError: no space, or a rank failed; names the step, the folder and the reason.
@@ -134,7 +141,7 @@ class CheckpointManager:
             return
         if scheduler is not None:
             small_states = {"scheduler": scheduler.state_dict(), **small_states}
-        job = self._prepare(step, model_chunks, optimizer, small_states)
+        job = self._prepare(step, model_chunks, optimizer, small_states, tuple(external))
         job.thread = threading.Thread(target=self._write, args=(job,), name=f"checkpoint-{step}", daemon=True)
         job.thread.start()
         self._job = job
@@ -223,6 +230,7 @@ class CheckpointManager:
         model_chunks: Sequence[torch.nn.Module],
         optimizer: Any | None,
         small_states: Mapping[str, Any],
+        external: tuple[FileEntry, ...],
     ) -> _Job:
         small: dict[str, tuple[StateEntry, bytes]] = {}
 
@@ -244,7 +252,7 @@ class CheckpointManager:
         names = ("model",) if optimizer is None else ("model", "optimizer")
         entries = {name: StateEntry(SHARDED, sharded.FOLDER) for name in names}
         entries |= {name: entry for name, (entry, _) in small.items()}
-        return _Job(step, plan, small, entries, needed, time.monotonic() + self._write_timeout_s)
+        return _Job(step, plan, small, entries, needed, time.monotonic() + self._write_timeout_s, external)
 
     def _write(self, job: _Job) -> None:
         """Body of the writing thread: no collectives; a failure is kept for ``poll``."""
@@ -289,6 +297,7 @@ class CheckpointManager:
             entries += [entry for _, _, written in reports for entry in written]
             self._store.commit(job.step, self._manifest(job, entries))
             self._store.keep_last(self._keep, self._refused)
+            self._collect_external()
 
         self._agree(f"checkpoint of step {job.step} in {self._store.root} failed", self._on_rank_0(commit))
         self._refused.discard(job.step)
@@ -307,8 +316,19 @@ class CheckpointManager:
             },
             software={name: importlib.metadata.version(name) for name in ("spear-megatron", "megatron-core", "torch")},
             states=job.states,
+            external=job.external,
             files=tuple(sorted(entries, key=lambda entry: entry.path)),
         )
+
+    def _collect_external(self) -> None:
+        if self._collect is None:
+            return
+        try:
+            named = self._store.external_files()
+        except DamagedCheckpoint as error:
+            logger.warning("external files are all kept for now: a manifest in %s: %s", self._store.root, error)
+            return
+        self._collect(named)
 
     def _is_good(self, step: int) -> bool:
         return step in self.steps() and not self._problems(step, ())

@@ -41,6 +41,8 @@ class Manifest:
         software: versions of the libraries that wrote it.
         states: every state by name.
         files: every file except the manifest itself.
+        external: files of the run directory outside of checkpoints, by path relative to it: the number of their first
+            bytes that belong to this checkpoint, and the SHA-256 of those. Whatever follows is of later steps.
     """
 
     step: int
@@ -49,6 +51,7 @@ class Manifest:
     software: Mapping[str, str]
     states: Mapping[str, StateEntry]
     files: tuple[FileEntry, ...]
+    external: tuple[FileEntry, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -91,6 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
         software=body["software"],
         states={name: StateEntry(**entry) for name, entry in body["states"].items()},
         files=tuple(FileEntry(**entry) for entry in body["files"]),
+        external=tuple(FileEntry(**entry) for entry in body.get("external", ())),
     )
 
 
@@ -120,6 +124,24 @@ def check_files(folder: Path, manifest: Manifest, part: int = 0, num_parts: int 
                 problems.append(f"file {entry.path} has {size} bytes instead of {entry.num_bytes}")
             elif hash_file(path) != entry.sha256:
                 problems.append(f"file {entry.path} is damaged: its checksum differs")
+        except FileNotFoundError:
+            problems.append(f"file {entry.path} is missing")
+        except OSError as error:
+            problems.append(f"file {entry.path} cannot be read: {error}")
+    return problems
+
+
+def check_external(run_dir: Path, manifest: Manifest, part: int = 0, num_parts: int = 1) -> list[str]:
+    """External files that are missing, too short, or whose first bytes have another checksum; shared as above."""
+    problems = []
+    for entry in sorted(manifest.external, key=lambda entry: (-entry.num_bytes, entry.path))[part::num_parts]:
+        path = run_dir / entry.path
+        try:
+            size = path.stat().st_size
+            if size < entry.num_bytes:
+                problems.append(f"file {entry.path} has {size} bytes, fewer than the {entry.num_bytes} that belong here")
+            elif hash_file(path, entry.num_bytes) != entry.sha256:
+                problems.append(f"file {entry.path} is damaged: the checksum of its first {entry.num_bytes} bytes differs")
         except FileNotFoundError:
             problems.append(f"file {entry.path} is missing")
         except OSError as error:

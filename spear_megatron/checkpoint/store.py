@@ -16,6 +16,7 @@ from spear_megatron.data.files import FileSystem
 from spear_megatron.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
+    check_external,
     check_files,
     check_states,
     read_manifest,
@@ -69,7 +70,16 @@ class CheckpointStore:
             return [str(error)]
         if manifest.step != step:
             return [f"{MANIFEST_NAME} belongs to step {manifest.step}"]
-        return check_states(manifest, required) + check_files(folder, manifest, part, num_parts)
+        found = check_states(manifest, required) + check_files(folder, manifest, part, num_parts)
+        return found + check_external(self.root.parent, manifest, part, num_parts)
+
+    def external_files(self) -> set[str]:
+        """External files that completed checkpoints name, by path relative to the run directory.
+
+        Raises:
+            DamagedCheckpoint: a manifest cannot be read, so that nobody knows what it names.
+        """
+        return {entry.path for step in self.steps() for entry in read_manifest(self.path(step)).external}
 
     def clean(self) -> None:
         """Create ``root`` if needed; remove what an interrupted save or deletion left behind."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +20,16 @@ from spear_megatron.model.hf_export import export_hf
 from spear_megatron.model.hf_io import iter_hf_tensors, load_hf_folder
 from spear_megatron.model.provider import build_model
 from spear_megatron.model.shape import ModelShape
+from spear_megatron.observability.lineage import LineageStore
 from spear_megatron.observability.record import NullRecorder
 from spear_megatron.observability.trajectories import TrajectoryStore
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rewards.compose import RewardRule
+from spear_megatron.replay.buffer import ReplayBuffer
+from spear_megatron.replay.decisions import ReplayRules
 from spear_megatron.trainer.actor import Actor
 from spear_megatron.trainer.config import OptimConfig
+from spear_megatron.trainer.imitation import Imitation
 from spear_megatron.trainer.optimizer import PolicyOptimizer
 from spear_megatron.trainer.reference import Reference
 from spear_megatron.trainer.parts import Parts, StepSettings
@@ -97,7 +101,10 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         parallel = stack.enter_context(open_parallel(config))
         agents = stack.enter_context(open_agents(config, parallel, renderer, shape))
-        checkpoints = open_checkpoints(config, parallel)
+        imitation = build_imitation(config, parallel)
+        if imitation is not None:
+            stack.callback(imitation.buffer.close)
+        checkpoints = open_checkpoints(config, parallel, imitation.buffer.collect if imitation else None)
         optim = config.actor_rollout_ref.actor.optim
         actor, reference = build_actor(config, parallel, shape, optim, num_optimizer_steps(config))
         parts = Parts(
@@ -114,12 +121,17 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
             export=lambda folder: export_hf(actor.chunks, shape, parallel, folder, model),
             answer_of=canonical_answer_of,
             stop_requested=lambda: stop.requested,
+            imitation=imitation,
         )
         run = Run(parts=parts, settings=step_settings(config), trainer=config.trainer, algorithm=config.algorithm)
         resume_step = run.restore()
         recorder = stack.enter_context(open_record(config, parallel, resume_step))
         trajectories = _open_trajectories(config, parallel, renderer, resume_step)
-        run.parts = replace(parts, recorder=recorder, trajectories=trajectories)
+        lineage = None
+        if imitation is not None and parallel.rank == 0:
+            lineage = LineageStore(config.trainer.default_local_dir, resume_step)
+            stack.callback(lineage.close)
+        run.parts = replace(parts, recorder=recorder, trajectories=trajectories, lineage=lineage)
         yield run
 
 
@@ -163,8 +175,45 @@ def reads_old_log_probs(config: Config) -> bool:
     return actor.enable_trajectory_replay or selects or config.algorithm.rollout_correction.mode != "none"
 
 
-def open_checkpoints(config: Config, parallel: ParallelState) -> CheckpointManager:
-    """The checkpoints of the run directory.
+def build_imitation(config: Config, parallel: ParallelState) -> Imitation | None:
+    """The replay buffer and what is done with it, if ``enable_trajectory_replay`` is set."""
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    if not actor.enable_trajectory_replay:
+        return None
+    temperature = config.actor_rollout_ref.rollout.temperature
+    rules = ReplayRules(
+        buffer_size=actor.trajectory_buffer_size,
+        score_threshold=actor.trajectory_score_threshold,
+        tolerate_steps=actor.trajectory_tolerate_steps,
+        weight_decay=actor.weight_decay_trajectory_replay,
+        norm_by_std=algorithm.norm_adv_by_std_in_grpo,
+        replay=actor.replay,
+    )
+    buffer = ReplayBuffer(
+        rules,
+        parallel,
+        Path(config.trainer.default_local_dir),
+        baseline_size=actor.baseline_buffer_size,
+        seed=config.trainer.seed,
+        temperature=temperature,
+    )
+    keeps_steps = actor.replay.step_term == "keep" and algorithm.adv_estimator == "gigpo"
+    return Imitation(
+        buffer=buffer,
+        parallel=parallel,
+        temperature=temperature,
+        batch_size=actor.replay.batch_size,
+        coef=actor.replay_loss_coef,
+        warmup_steps=actor.max_replay_loss_steps,
+        step_term_weight=algorithm.gigpo.step_advantage_w if keeps_steps else 0.0,
+        baseline_groups=actor.replay.baseline_groups,
+    )
+
+
+def open_checkpoints(
+    config: Config, parallel: ParallelState, collect: Callable[[set[str]], None] | None = None
+) -> CheckpointManager:
+    """The checkpoints of the run directory; ``collect`` is told which files outside of them they name.
 
     Raises:
         ValueError: it holds checkpoints and ``trainer.resume_mode`` is disable.
@@ -178,6 +227,7 @@ def open_checkpoints(config: Config, parallel: ParallelState) -> CheckpointManag
         async_save=trainer.async_save,
         fingerprint=fingerprint(config),
         assets=Path(config.actor_rollout_ref.model.path),
+        collect=collect,
     )
     steps = checkpoints.steps()
     if trainer.resume_mode == "disable" and steps:

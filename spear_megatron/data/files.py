@@ -112,10 +112,12 @@ class FileSystem:
         return shutil.disk_usage(path).free
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, streamed."""
+def hash_file(path: Path, num_bytes: int | None = None) -> str:
+    """SHA-256 of a file, or of its first ``num_bytes``, streamed."""
     digest = hashlib.sha256()
+    left = path.stat().st_size if num_bytes is None else num_bytes
     with open(path, "rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
+        while left > 0 and (chunk := stream.read(min(CHUNK_BYTES, left))):
             digest.update(chunk)
+            left -= len(chunk)
     return digest.hexdigest()

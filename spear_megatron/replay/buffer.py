@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spear_megatron.algorithms.recalibration import GroupStatistics
+from spear_megatron.data.balance import assign
 from spear_megatron.data.exchange import TensorRecord, decode_records, encode_records
 from spear_megatron.data.files import FileEntry, FileSystem
 from spear_megatron.parallel.agreement import agreed, gather_objects
@@ -23,7 +26,7 @@ from spear_megatron.replay.decisions import (
     split_expired,
 )
 from spear_megatron.replay.entries import ReplayEntry
-from spear_megatron.replay.storage import Place, SegmentWriter, read_record
+from spear_megatron.replay.storage import Place, SegmentWriter, read_record, segment_files
 from spear_megatron.types import TrajectoryId
 
 _MIB = 1 << 20
@@ -74,10 +77,12 @@ class ReplayBuffer:
         self._payloads: dict[TrajectoryId, TensorRecord] = {}
         self._places: dict[TrajectoryId, Place] = {}
         self._last_push_step: int | None = None
+        self._collectable: set[str] = set()
+        self._files = files or FileSystem()
         self._writer: SegmentWriter | None = None
         if parallel.is_leader:
             size = int(rules.replay.segment_mib * _MIB)
-            self._writer = SegmentWriter(run_dir, parallel.dp_rank, segment_bytes=size, files=files)
+            self._writer = SegmentWriter(run_dir, parallel.dp_rank, segment_bytes=size, files=self._files)
 
     @property
     def entries(self) -> Entries:
@@ -93,6 +98,11 @@ class ReplayBuffer:
     def num_bytes(self) -> int:
         """Payload bytes over all ranks."""
         return sum(entry.num_bytes for entry in self._entries.values())
+
+    @property
+    def trigger(self) -> float:
+        """Trajectories that the buffer must count before anything is replayed."""
+        return self._rules.replay.trigger_ratio * self._rules.buffer_size
 
     def expire(self, step: int) -> tuple[TrajectoryId, ...]:
         """Drop what is too old to be replayed at ``step``; the ids dropped. Every rank does the same."""
@@ -193,9 +203,13 @@ class ReplayBuffer:
         with agreed(self._parallel, "replay files"):
             if self._writer is not None:
                 own = self._writer.sync()
-        gathered = gather_objects(self._parallel, (own, self._places))
-        files = sorted({entry.path: entry for part, _ in gathered for entry in part}.values(), key=lambda e: e.path)
-        places = {key: place for _, part in gathered for key, place in part.items()}
+        open_file = self._writer.open_file if self._writer is not None else None
+        gathered = gather_objects(self._parallel, (own, self._places, open_file))
+        files = sorted({entry.path: entry for part, _, _ in gathered for entry in part}.values(), key=lambda e: e.path)
+        places = {key: place for _, part, _ in gathered for key, place in part.items()}
+        in_use = {entry.path for entry in files} | {name for _, _, name in gathered if name is not None}
+        if self._parallel.rank == 0:
+            self._collectable = segment_files(self._run_dir) - in_use
         state = {
             "entries": [{**entry.encode(), "place": asdict(places[entry.id])} for entry in self.entries],
             "baseline": [list(asdict(part).values()) for part in self._baseline],
@@ -203,6 +217,15 @@ class ReplayBuffer:
             "shards": self._parallel.dp_size,
         }
         return state, files
+
+    def collect(self, named: set[str]) -> None:
+        """Delete the segment files that the buffer no longer needs and no kept checkpoint names; on rank 0 alone.
+
+        Files that are newer than the latest :meth:`snapshot` are left alone.
+        """
+        for name in sorted(self._collectable - named):
+            self._files.remove_file(self._run_dir / name)
+        self._collectable &= named
 
     def restore(self, state: Mapping[str, Any], files: Sequence[FileEntry]) -> Counter[str]:
         """Continue from a checkpoint of any data-parallel size; collective.
@@ -236,8 +259,6 @@ class ReplayBuffer:
     ) -> None:
         if self._writer is None:
             return
-        import torch
-
         for entry in own:
             data = read_record(self._run_dir, places[entry.id], entry.id)
             self._payloads[entry.id] = decode_records(torch.frombuffer(bytearray(data), dtype=torch.uint8))[0]
@@ -252,10 +273,6 @@ class ReplayBuffer:
 
 def resharded(entries: Sequence[ReplayEntry], num_shards: int) -> list[ReplayEntry]:
     """Entries with new shards, equal by tokens; a pure function of the entries in id order."""
-    from dataclasses import replace
-
-    from spear_megatron.data.balance import assign
-
     ordered = sorted(entries, key=lambda entry: entry.id)
     owners = assign([float(entry.num_tokens) for entry in ordered], [0] * len(ordered), num_shards)
     return [replace(entry, shard=owner) for entry, owner in zip(ordered, owners, strict=True)]

@@ -29,6 +29,7 @@ class ReplayConfig:
             from the last push, so that data may be two steps older.
         recompose: rewards and baseline at today's tool-call coefficient, or as they were when stored.
         sampling: uniform, or prioritized by the recalibrated advantage.
+        baseline_groups: P50 over all groups of a step, or over those that the group filter kept (the released code).
         step_term: keep or drop the step advantage of gigpo in replayed trajectories.
         entropy_bonus: apply entropy_coeff to replayed tokens too (the released code).
         segment_mib: size at which a file of the buffer is sealed, in MiB.
@@ -46,6 +47,7 @@ class ReplayConfig:
     staleness: Literal["exact", "released"] = "exact"
     recompose: Literal["today", "stored"] = "today"
     sampling: Literal["uniform", "prioritized"] = "uniform"
+    baseline_groups: Literal["all", "kept"] = "all"
     step_term: Literal["keep", "drop"] = "keep"
     entropy_bonus: bool = False
     segment_mib: float = 64.0

@@ -141,6 +141,11 @@ class SegmentWriter:
             if segment.live
         ]
 
+    @property
+    def open_file(self) -> str | None:
+        """The file that is being written."""
+        return None if self._open is None else self._open.file
+
     def close(self) -> None:
         """Close the open file; what was appended since the last :meth:`sync` may be lost."""
         if self._stream is not None:
@@ -169,19 +174,10 @@ class SegmentWriter:
         self._segments[self._open.file] = self._open
 
 
-def collect_garbage(run_dir: Path, needed: Iterable[str], files: FileSystem | None = None) -> list[str]:
-    """Delete the segment files that nothing names any more; returns their names.
-
-    Args:
-        needed: files (relative to the run directory) that a kept checkpoint or the buffer of this run names.
-    """
-    kept, operations, removed = set(needed), files or FileSystem(), []
-    for path in sorted((run_dir / FOLDER).glob("shard_*/segment_*.bin")):
-        name = str(path.relative_to(run_dir))
-        if name not in kept and _NAME.fullmatch(path.name):
-            operations.remove_file(path)
-            removed.append(name)
-    return removed
+def segment_files(run_dir: Path) -> set[str]:
+    """Every segment file there is, by path relative to the run directory."""
+    found = (run_dir / FOLDER).glob("shard_*/segment_*.bin")
+    return {str(path.relative_to(run_dir)) for path in found if _NAME.fullmatch(path.name)}
 
 
 def _digest(header: bytes, payload: bytes) -> bytes:

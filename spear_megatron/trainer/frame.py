@@ -38,10 +38,13 @@ class RunFrame:
         self._updates: list[dict[str, float]] = []
         self._updates_done = 0
         self._used: list[Mapping[TrajectoryId, tuple[int, float]]] = []
+        self._notes: list[str] = []
         self._step = 0
 
     def begin(self) -> None:
         """Give the engine the current weights; before the first step, evaluate once."""
+        for note in self._notes:
+            self.parts.recorder.message(note)
         self.publish(version=self.progress.step)
         if self.progress.step == 0 and self.trainer.val_before_train:
             with self.phase("testing"):
@@ -53,6 +56,8 @@ class RunFrame:
         """1-based step numbers that are still to do; entering a step resets its figures."""
         for step in range(self.progress.step + 1, self.trainer.total_training_steps + 1):
             self._metrics, self._updates, self._updates_done, self._used, self._step = {}, [], 0, [], step
+            if self.parts.imitation is not None:
+                self.parts.imitation.begin_step()
             yield step
 
     @contextlib.contextmanager
@@ -160,7 +165,11 @@ class RunFrame:
         self.progress = Progress(**loaded.states["progress"])
         self.parts.prompts.load_state_dict(loaded.states["prompt_source"])
         if self.parts.imitation is not None and "replay" in loaded.states:
-            self.parts.imitation.restore(loaded.states["replay"])
+            counts = self.parts.imitation.buffer.restore(loaded.states["replay"], loaded.manifest.external)
+            if counts["temperature"]:
+                self._notes.append(
+                    f"{counts['temperature']} replayed trajectories were sampled at another temperature: dropped"
+                )
         return loaded.step
 
     def finish(self) -> None:
