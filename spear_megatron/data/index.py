@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spear_megatron.algorithms.filters import is_repetitive, is_unreadable, sampled_runs
 from spear_megatron.parallel.agreement import gather_objects
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.types import Group, RewardParts, StopReason, Trajectory, TrajectoryId
@@ -15,6 +17,9 @@ class IndexRow:
     """Figures of one trajectory; the lengths count tokens, one entry per segment.
 
     ``response_lengths`` count everything after the segment's prompt, ``sampled_lengths`` only the policy's own tokens.
+    ``step_rewards`` and ``step_invalid`` are the environment's reward and the invalid actions per segment; ``anchors``
+    a 64-bit hash of what each segment observed, one of its own for a segment without an observation key. ``flags``
+    names what the policy's own tokens and text look like: repetitive, unreadable.
     """
 
     id: TrajectoryId
@@ -30,6 +35,10 @@ class IndexRow:
     response_lengths: tuple[int, ...]
     sampled_lengths: tuple[int, ...]
     error: str | None = None
+    step_rewards: tuple[float, ...] = ()
+    step_invalid: tuple[int, ...] = ()
+    anchors: tuple[int, ...] = ()
+    flags: tuple[str, ...] = ()
 
     @property
     def valid(self) -> bool:
@@ -54,7 +63,25 @@ def index_row(trajectory: Trajectory, task_id: str, owner: int) -> IndexRow:
         response_lengths=tuple(len(segment.ids) - segment.prompt_length for segment in segments),
         sampled_lengths=tuple(int(segment.response_mask.sum()) for segment in segments),
         error=trajectory.error,
+        step_rewards=tuple(segment.reward for segment in segments),
+        step_invalid=tuple(segment.num_invalid_actions for segment in segments),
+        anchors=tuple(_anchor(trajectory, position) for position in range(len(segments))),
+        flags=response_flags(trajectory),
     )
+
+
+def response_flags(trajectory: Trajectory) -> tuple[str, ...]:
+    """What filters look for in the policy's own tokens and text: repetitive, unreadable."""
+    runs = [run for segment in trajectory.segments for run in sampled_runs(segment.ids, segment.response_mask)]
+    texts = [str(message.get("content") or "") for message in trajectory.messages if message["role"] == "assistant"]
+    found = {"repetitive": is_repetitive(runs), "unreadable": is_unreadable(texts)}
+    return tuple(name for name, present in found.items() if present)
+
+
+def _anchor(trajectory: Trajectory, position: int) -> int:
+    key = trajectory.segments[position].observation_key
+    text = f"alone/{trajectory.id}/{position}" if key is None else f"observation/{key}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def gather_index(groups: Sequence[Group], parallel: ParallelState) -> list[IndexRow]:
