@@ -39,7 +39,8 @@ class CodeInterpreterEnvironment:
     """One episode of a problem with the tool. The sandbox is shared between episodes and stays open.
 
     Every call of a turn is answered by one tool message: output, or an error text. ``num_tool_calls`` counts calls that
-    were run, ``num_tool_failures`` everything answered by an error: malformed calls, failed programs.
+    were run, ``num_tool_failures`` everything answered by an error: malformed calls, failed programs. A turn of which no
+    call could be run is an invalid action.
     """
 
     needs_sandbox = True
@@ -87,7 +88,12 @@ class CodeInterpreterEnvironment:
                 text, failed = format_result(result, self._num_stderr_lines), result.status is not ExecutionStatus.OK
             num_failures += failed
             messages.append({"role": "tool", "name": TOOL_NAME, "content": text})
-        return StepResult(messages=tuple(messages), num_tool_calls=num_calls, num_tool_failures=num_failures)
+        return StepResult(
+            messages=tuple(messages),
+            num_tool_calls=num_calls,
+            num_tool_failures=num_failures,
+            num_invalid_actions=int(num_calls == 0),
+        )
 
     async def close(self) -> None:
         """Nothing to free: the sandbox belongs to whoever started it."""

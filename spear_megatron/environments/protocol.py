@@ -44,7 +44,9 @@ class StepResult:
     ``messages`` are appended to the running segment (tool responses). ``observation`` instead opens a new segment, for
     agents whose prompt is rebuilt at every step. ``done`` ends the episode. ``reward`` is the environment's own reward
     for the turn. ``error`` reports an infrastructure failure: the trajectory is excluded, never scored 0.
-    ``void`` goes with ``done`` and says that the turn held neither a tool call nor an answer.
+    ``void`` goes with ``done`` and says that the turn held neither a tool call nor an answer. ``success`` goes with
+    ``done`` too: the environment's own verdict on the episode. ``num_invalid_actions`` is 1 for a turn without a usable
+    action.
     """
 
     messages: tuple[Mapping[str, Any], ...] = ()
@@ -55,6 +57,8 @@ class StepResult:
     num_tool_failures: int = 0
     error: str | None = None
     void: bool = False
+    success: bool = False
+    num_invalid_actions: int = 0
 
 
 @runtime_checkable

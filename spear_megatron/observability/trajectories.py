@@ -187,12 +187,15 @@ def encode(trajectory: Trajectory, prompt: Prompt, reward: float, decode: Decode
             "num_tool_calls": parts.num_tool_calls,
             "penalty": parts.penalty,
             "success": parts.success,
+            "num_tool_turns": parts.num_tool_turns,
+            "num_invalid_actions": parts.num_invalid_actions,
         },
         "stop_reason": trajectory.stop_reason.value,
         "policy_version": trajectory.policy_version,
         "num_turns": trajectory.num_turns,
         "num_tool_calls": trajectory.num_tool_calls,
         "num_tool_failures": trajectory.num_tool_failures,
+        "num_tool_turns": trajectory.num_tool_turns,
         "error": trajectory.error,
         "messages": [dict(message) for message in trajectory.messages],
         "segments": [_encode_segment(segment, decode) for segment in trajectory.segments],
@@ -211,6 +214,7 @@ def decode_line(line: Mapping[str, Any]) -> KeptTrajectory:
         num_turns=line["num_turns"],
         num_tool_calls=line["num_tool_calls"],
         num_tool_failures=line["num_tool_failures"],
+        num_tool_turns=line.get("num_tool_turns", 0),
         messages=tuple(line["messages"]),
         error=line["error"],
     )
@@ -234,16 +238,23 @@ def _encode_segment(segment: Segment, decode: Decode) -> dict[str, Any]:
         "response_mask": [int(value) for value in mask],
         "rollout_log_probs": [float(str(value)) for value in log_probs],  # the shortest text that reads back exactly
         "observation_key": segment.observation_key,
+        "policy_versions": None if segment.policy_versions is None else segment.policy_versions.tolist(),
+        "reward": segment.reward,
+        "num_invalid_actions": segment.num_invalid_actions,
         "spans": spans,
     }
 
 
 def _decode_segment(segment: Mapping[str, Any]) -> Segment:
+    versions = segment.get("policy_versions")
     return Segment(
         ids=torch.tensor(segment["ids"], dtype=torch.int32),
         response_mask=torch.tensor(segment["response_mask"], dtype=torch.bool),
         rollout_log_probs=torch.tensor(segment["rollout_log_probs"], dtype=torch.float32),
         observation_key=segment["observation_key"],
+        policy_versions=None if versions is None else torch.tensor(versions, dtype=torch.int32),
+        reward=segment.get("reward", 0.0),
+        num_invalid_actions=segment.get("num_invalid_actions", 0),
     )
 
 

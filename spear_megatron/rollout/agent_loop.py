@@ -84,7 +84,7 @@ async def run_episode(
         return trajectory
     try:
         parts = await _outside("reward", RewardParts, reward, prompt, trajectory)
-        parts = _plain(parts)
+        parts = _plain(parts, trajectory)
     except _InfrastructureError as failure:
         return dataclasses.replace(trajectory, stop_reason=StopReason.INFRASTRUCTURE, error=str(failure))
     return dataclasses.replace(trajectory, reward=parts)
@@ -122,7 +122,9 @@ class _Episode:
         self._num_turns = 0
         self._num_tool_calls = 0
         self._num_tool_failures = 0
+        self._num_tool_turns = 0
         self._environment_reward = 0.0
+        self._success = False
 
     async def play(self) -> StopReason:
         """Alternate turns and steps until the episode ends."""
@@ -142,7 +144,7 @@ class _Episode:
                 return StopReason.LENGTH
             turn = parse_turn(text, finished=True)
             step = await _outside("environment step", StepResult, self._environment.step, turn)
-            self._count(step)
+            self._count(segment, step)
             if step.done:
                 return StopReason.VOID_TURN if step.void else StopReason.ANSWER
             if self._num_turns >= self._limits.max_turns:
@@ -195,13 +197,22 @@ class _Episode:
                 f"engine: request {request.request_id} has {len(result.output_ids)} tokens "
                 f"but {len(result.log_probs)} log-probs"
             )
+        if len(result.policy_versions) not in (0, len(result.output_ids)):
+            raise _InfrastructureError(
+                f"engine: request {request.request_id} has {len(result.output_ids)} tokens "
+                f"but {len(result.policy_versions)} policy versions"
+            )
         self._versions.extend(result.policy_versions)
         return result
 
-    def _count(self, step: StepResult) -> None:
+    def _count(self, segment: _SegmentBuilder, step: StepResult) -> None:
         self._num_tool_calls += step.num_tool_calls
         self._num_tool_failures += step.num_tool_failures
+        self._num_tool_turns += step.num_tool_calls > 0
         self._environment_reward += float(step.reward)
+        self._success = bool(step.success)
+        segment.reward += float(step.reward)
+        segment.num_invalid_actions += int(step.num_invalid_actions)
         if step.error is not None:
             raise _InfrastructureError(step.error)
         if not (step.done or step.messages or step.observation):
@@ -225,7 +236,13 @@ class _Episode:
         return Trajectory(
             id=self._id,
             segments=tuple(segment.build() for segment in self._segments),
-            reward=RewardParts(outcome=self._environment_reward, num_tool_calls=self._num_tool_calls),
+            reward=RewardParts(
+                outcome=self._environment_reward,
+                num_tool_calls=self._num_tool_calls,
+                success=self._success,
+                num_tool_turns=self._num_tool_turns,
+                num_invalid_actions=sum(segment.num_invalid_actions for segment in self._segments),
+            ),
             stop_reason=stop_reason,
             policy_version=min(self._versions, default=0),
             num_turns=self._num_turns,
@@ -233,6 +250,7 @@ class _Episode:
             num_tool_failures=self._num_tool_failures,
             messages=tuple(self._messages),
             error=error,
+            num_tool_turns=self._num_tool_turns,
         )
 
 
@@ -243,8 +261,11 @@ class _SegmentBuilder:
         self.ids = list(prompt_ids)
         self._mask = [False] * len(self.ids)
         self._log_probs = [0.0] * len(self.ids)
+        self._versions = [-1] * len(self.ids)
         self._prompt_length = len(self.ids)
         self._observation_key = observation_key
+        self.reward = 0.0
+        self.num_invalid_actions = 0
 
     @property
     def response_length(self) -> int:
@@ -252,15 +273,19 @@ class _SegmentBuilder:
         return len(self.ids) - self._prompt_length
 
     def append_sampled(self, result: GenerateResult) -> None:
-        self._append(result.output_ids, True, result.log_probs)
+        unknown = [-1] * len(result.output_ids)
+        self._append(result.output_ids, True, result.log_probs, result.policy_versions or unknown)
 
     def append_inserted(self, ids: Sequence[int]) -> None:
-        self._append(ids, False, [0.0] * len(ids))
+        self._append(ids, False, [0.0] * len(ids), [-1] * len(ids))
 
-    def _append(self, ids: Sequence[int], sampled: bool, log_probs: Sequence[float]) -> None:
+    def _append(
+        self, ids: Sequence[int], sampled: bool, log_probs: Sequence[float], versions: Sequence[int]
+    ) -> None:
         self.ids.extend(ids)
         self._mask.extend([sampled] * len(ids))
         self._log_probs.extend(log_probs)
+        self._versions.extend(versions)
 
     def build(self) -> Segment:
         return Segment(
@@ -268,6 +293,9 @@ class _SegmentBuilder:
             response_mask=torch.tensor(self._mask, dtype=torch.bool),
             rollout_log_probs=torch.tensor(self._log_probs, dtype=torch.float32),
             observation_key=self._observation_key,
+            policy_versions=torch.tensor(self._versions, dtype=torch.int32),
+            reward=self.reward,
+            num_invalid_actions=self.num_invalid_actions,
         )
 
 
@@ -305,11 +333,20 @@ async def _outside(what: str, kind: type[T], call: Callable[..., Awaitable[T]], 
     return result
 
 
-def _plain(parts: RewardParts) -> RewardParts:
-    """The parts as Python numbers (a reward may compute them with numpy or torch), which must be finite."""
+def _plain(parts: RewardParts, trajectory: Trajectory) -> RewardParts:
+    """The parts as Python numbers (a reward may compute them with numpy or torch), which must be finite.
+
+    What the episode counted stands in for counts that the reward left at 0.
+    """
+    counted = trajectory.reward
     try:
         plain = RewardParts(
-            float(parts.outcome), int(parts.num_tool_calls), float(parts.penalty), bool(parts.success)
+            outcome=float(parts.outcome),
+            num_tool_calls=int(parts.num_tool_calls) or counted.num_tool_calls,
+            penalty=float(parts.penalty),
+            success=bool(parts.success),
+            num_tool_turns=int(parts.num_tool_turns) or counted.num_tool_turns,
+            num_invalid_actions=int(parts.num_invalid_actions) or counted.num_invalid_actions,
         )
     except (TypeError, ValueError) as error:
         raise _InfrastructureError(f"reward: {parts} must hold numbers ({error})") from error

@@ -164,14 +164,14 @@ OBSERVERS: Observers = dict(
         (f"{_ACTOR}.old_log_prob", Observer(losses, ("trainer", "rollout"), _LONG)),
         _replay("enable_trajectory_replay", "true", "false"),
         _replay("trajectory_buffer_size", "3", "1"),
-        _replay("trajectory_score_threshold", "0.0", "0.5"),
+        _replay("trajectory_score_threshold", "0.0", "1.2"),
         _replay("trajectory_tolerate_steps", "10", "0"),
         _replay("replay_loss_coef", "1.0", "0.5"),
         _replay("max_replay_loss_steps", "4", "8"),
         _replay("weight_decay_trajectory_replay", "-1.0", "0.5"),
         _replay("baseline_buffer_size", "6", "1"),
         _replay("replay.update", "joint", "separate"),
-        _replay("replay.require", "success", "none"),
+        _replay("replay.require", "success", "none", f"{_ROLLOUT}.n=2"),
         _replay("replay.trigger_ratio", "0", "1.0", f"{_ACTOR}.trajectory_buffer_size=30"),
         _replay(
             "replay.trigger_count", "stored", "qualifying", f"{_ACTOR}.replay.trigger_ratio=1.0",
@@ -185,6 +185,9 @@ OBSERVERS: Observers = dict(
         _replay("replay.staleness", "exact", "released", f"{_ACTOR}.trajectory_tolerate_steps=1"),
         _replay("replay.recompose", "today", "stored", "algorithm.use_toolcall_reward=cosine", "algorithm.max_toolcall_steps=4"),
         _replay("replay.sampling", "uniform", "prioritized", f"{_ACTOR}.replay.batch_size=1"),
+        _replay(
+            "replay.baseline_groups", "all", "kept", f"{_ROLLOUT}.rollout_filter_ratio=0.5", "data.train_batch_size=2"
+        ),
         _replay("replay.step_term", "keep", "drop", "algorithm.adv_estimator=gigpo"),
         (f"{_ACTOR}.replay.segment_mib", Observer(segment_files, ("64.0", "1e-4"), _REPLAY)),
     ]
