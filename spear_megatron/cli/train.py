@@ -10,6 +10,12 @@ from spear_megatron.cli.common import add_config_arguments, load_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``train`` to ``parser``."""
     add_config_arguments(parser)
+    parser.add_argument(
+        "--from-spear-script",
+        metavar="FILE",
+        help="take the settings of a released SPEAR or verl run script, unmodified; --config lies below them, "
+        "key=value above; a table on standard error tells what became of every key",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
