@@ -21,10 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train until the last step; a run directory that was used before is continued."""
     config = load_config(args)
-    from spear_megatron.cli.preflight import check_agents, check_before_start, print_plan
+    from spear_megatron.cli.preflight import check_agents, check_before_start, print_plan, print_warnings
 
     check_before_start(config)
     check_agents(config)
+    print_warnings(config)
     if args.dry_run:
         print_plan(config)
         return 0
