@@ -60,6 +60,10 @@ def read_script(text: str, environment: Mapping[str, str], arguments: Sequence[s
     return _Reader(text.replace("\r\n", "\n"), environment, arguments).read()
 
 
+class _Whole(str):
+    """An expansion that was quoted inside its braces: it is not split at white space."""
+
+
 class _Reader:
     """One pass over the text. A word is a list of fields, because an unquoted expansion may split into several."""
 
@@ -212,7 +216,11 @@ class _Reader:
         value = self._lookup(name[0])
         if value is not None and (value or not kind[0].startswith(":")):
             return [value]
-        return [self._inside(rest[kind.end() :].strip("\"'"))]
+        default = rest[kind.end() :]
+        if default[:1] == "'" == default[-1:]:
+            return [_Whole(default[1:-1])]
+        quoted = default[:1] == '"' == default[-1:] and len(default) > 1
+        return [_Whole(self._inside(default[1:-1]))] if quoted else [self._inside(default)]
 
     def _inside(self, text: str) -> str:
         """``text`` with its own variables expanded."""
@@ -288,11 +296,11 @@ def _append(fields: list[str], values: Sequence[str], *, split: bool) -> None:
         fields[-1] += " ".join(values)
         return
     for position, value in enumerate(values):
-        parts = value.split()
-        if position or value[:1].isspace():
+        parts = [value] if isinstance(value, _Whole) else value.split()
+        if position or (parts != [value] and value[:1].isspace()):
             fields.append("")
         if parts:
             fields[-1] += parts[0]
             fields += parts[1:]
-        if value[-1:].isspace() and parts:
+        if parts and parts != [value] and value[-1:].isspace():
             fields.append("")
