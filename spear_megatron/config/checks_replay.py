@@ -78,8 +78,8 @@ def config_warnings(config: Config) -> list[str]:
     most = most_advantage(config)
     if actor.enable_trajectory_replay and most is not None and actor.trajectory_score_threshold >= most:
         found.append(
-            f"{_ACTOR}.trajectory_score_threshold={actor.trajectory_score_threshold} lets no trajectory into the replay "
-            f"buffer: with these rewards an advantage is at most {most:.3g}; lower it, 0 takes all above the mean"
+            f"{_ACTOR}.trajectory_score_threshold={actor.trajectory_score_threshold} lets no trajectory into the "
+            f"replay buffer: with these rewards an advantage is at most {most:.3g}; lower it (0: all above the mean)"
         )
     if actor.enable_trajectory_replay and actor.replay_loss_coef == 0:
         found.append(f"{_ACTOR}.replay_loss_coef=0 gives replayed trajectories no weight: raise it to imitate them")

@@ -193,7 +193,8 @@ def test_no_advantage_exceeds_the_bound_and_one_reaches_it(overrides: list[str])
 
 def test_what_is_not_known_about_rewards_gives_no_warning() -> None:
     on, high = f"{ACTOR}.enable_trajectory_replay=true", f"{ACTOR}.trajectory_score_threshold=100"
-    for unknown in ("reward.name=my:Reward", "algorithm.adv_estimator=gigpo", f"{ACTOR}.use_invalid_action_penalty=true"):
+    penalty = f"{ACTOR}.use_invalid_action_penalty=true"
+    for unknown in ("reward.name=my:Reward", "algorithm.adv_estimator=gigpo", penalty):
         assert config_warnings(load(Config, None, [on, high, unknown])) == []
 
 

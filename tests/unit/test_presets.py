@@ -15,6 +15,7 @@ from spear_megatron.config.schema import Config
 REPOSITORY = Path(__file__).parents[2]
 PRESETS = REPOSITORY / "configs" / "presets"
 NAMES = ("grpo", "drbot", "spear-paper", "spear-official")
+FILTERS = [f"filter_{name}_responses" for name in ("overlong", "incomplete", "repetitive", "unreadable")]
 PAGE = (REPOSITORY / "docs" / "semantics.md").read_text(encoding="utf-8")
 
 
@@ -108,15 +109,15 @@ def test_values_that_the_method_fixes() -> None:
     assert (actor.loss_agg_mode, actor.replay.update) == ("seq-mean-token-sum-norm", "joint")
     assert not algorithm.norm_adv_by_std_in_grpo and algorithm.use_toolcall_reward == "cosine"
     assert (algorithm.max_toolcall_steps, actor.max_replay_loss_steps) == (200, 300)
-    filters = [getattr(algorithm, f"filter_{name}_responses") for name in "overlong incomplete repetitive unreadable".split()]
-    assert all(filters) and config.actor_rollout_ref.rollout.rollout_filter_ratio == 0.75
+    assert all(getattr(algorithm, name) for name in FILTERS)
+    assert config.actor_rollout_ref.rollout.rollout_filter_ratio == 0.75
     assert actor.policy_loss.mode(replayed=False) == actor.policy_loss.mode(replayed=True) == "clip_cov"
 
 
 def test_the_ladder_from_grpo_to_spear() -> None:
     tricks = {key.rpartition(".")[2] for key in differences("grpo", "drbot")}
-    filters = {f"filter_{name}_responses" for name in "overlong incomplete repetitive unreadable".split()}
-    assert tricks == filters | {"clip_ratio_high", "loss_agg_mode", "rollout_filter_ratio", "norm_adv_by_std_in_grpo"}
+    others = {"clip_ratio_high", "loss_agg_mode", "rollout_filter_ratio", "norm_adv_by_std_in_grpo"}
+    assert tricks == {*FILTERS, *others}
     added = set(differences("drbot", "spear-paper"))
     assert {"algorithm.use_toolcall_reward", "actor_rollout_ref.actor.enable_trajectory_replay"} <= added
     assert not any(key.startswith(("data.", "trainer.", "env.", "reward.", "sft.")) for key in added)

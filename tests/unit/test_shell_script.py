@@ -37,7 +37,8 @@ def by_bash(text: str, arguments: list[str]) -> list[list[str]]:
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("no bash to compare with")
-    prelude = "run() { for word in \"$@\"; do [ -n \"$word\" ] && printf '%s\\0' \"$word\" >&3; done; printf '\\n' >&3; }\n"
+    each = "for word in \"$@\"; do [ -n \"$word\" ] && printf '%s\\0' \"$word\" >&3; done"
+    prelude = f"run() {{ {each}; printf '\\n' >&3; }}\n"
     script = f"exec 3>&1 >/dev/null 2>/dev/null\nset -f\nmkdir() {{ :; }}\n{prelude}{text}\n"
     done = subprocess.run(
         [bash, "--noprofile", "--norc", "-c", script, "script", *arguments],
