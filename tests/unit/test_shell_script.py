@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 
@@ -97,3 +98,19 @@ def test_variables_used_and_exported() -> None:
     assert script.variables == {"a": "1", "b": "1", "c": "2", "d": "3"}
     assert script.used == {"a", "b", "c", "e"} and script.exported == {"c", "d"}
     assert script.commands[-1].line == 6
+
+
+def test_damaged_scripts_are_read_or_refused() -> None:
+    rng, refused = random.Random(0), 0
+    whole = "\n".join(TEXTS)
+    for _ in range(2000):
+        start = rng.randrange(len(whole))
+        text = list(whole[start : start + rng.randrange(1, 120)])
+        for _ in range(rng.randrange(4)):
+            text[rng.randrange(len(text))] = rng.choice("$(){}'\"\\`;|&<>#=\n 1a\x00é")
+        try:
+            read_script("".join(text), ENVIRONMENT, ["one"])
+        except ValueError as error:
+            refused += 1
+            assert "line " in str(error)
+    assert 300 < refused < 1900
