@@ -17,8 +17,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The resolved configuration, each field checked by its dataclass."""
+    """The resolved configuration, each field checked by its dataclass: file, then run script, then command line."""
     from spear_megatron.config.loader import load
     from spear_megatron.config.schema import Config
 
-    return load(Config, args.config, args.overrides)
+    overrides = list(args.overrides)
+    if getattr(args, "from_spear_script", None) is not None:
+        from spear_megatron.cli.run_script import script_overrides
+
+        overrides = [*script_overrides(args.from_spear_script), *overrides]
+    return load(Config, args.config, overrides)

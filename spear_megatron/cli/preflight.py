@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,16 @@ def check_agents(config: Config) -> None:
 
     check_environment_settings(config.env)
     check_reward_settings(config.reward)
+
+
+def print_warnings(config: Config) -> None:
+    """Tell on standard error, once for all ranks, what can run but most likely is not meant."""
+    from spear_megatron.config.checks_replay import config_warnings
+    from spear_megatron.parallel.once import is_first_to_say
+
+    for text in config_warnings(config):
+        if is_first_to_say(text):
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def print_plan(config: Config) -> None:

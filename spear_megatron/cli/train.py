@@ -10,15 +10,22 @@ from spear_megatron.cli.common import add_config_arguments, load_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``train`` to ``parser``."""
     add_config_arguments(parser)
+    parser.add_argument(
+        "--from-spear-script",
+        metavar="FILE",
+        help="take the settings of a released SPEAR or verl run script, unmodified; --config lies below them, "
+        "key=value above; a table on standard error tells what became of every key",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train until the last step; a run directory that was used before is continued."""
     config = load_config(args)
-    from spear_megatron.cli.preflight import check_agents, check_before_start, print_plan
+    from spear_megatron.cli.preflight import check_agents, check_before_start, print_plan, print_warnings
 
     check_before_start(config)
     check_agents(config)
+    print_warnings(config)
     if args.dry_run:
         print_plan(config)
         return 0

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 _ACTOR = "actor_rollout_ref.actor"
 _ROLLOUT = "actor_rollout_ref.rollout"
+_GROUP_ESTIMATORS = ("grpo", "rloo", "gigpo")
 
 
 def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
@@ -18,6 +19,7 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     Raises:
         ValueError: the first problem, naming its keys and the remedy.
     """
+    from spear_megatron.config.checks_replay import check_trigger
     from spear_megatron.model.transformer_config import check_layout
 
     data, actor, rollout = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
@@ -33,7 +35,12 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     check_token_budget(actor.ppo_max_token_len_per_gpu, longest, multiple)
     check_kl("use_kl_loss", actor.use_kl_loss, actor.kl_loss_coef)
     check_kl("use_kl_in_reward", config.algorithm.use_kl_in_reward, config.algorithm.kl_ctrl.kl_coef)
-    check_group_size(config.algorithm.adv_estimator, rollout.n)
+    algorithm = config.algorithm
+    check_group_size(algorithm.adv_estimator, rollout.n)
+    check_group_filters(algorithm.filter_groups.enable, rollout.rollout_filter_ratio, rollout.n)
+    check_old_log_prob(actor.old_log_prob, algorithm.rollout_correction.mode, algorithm.use_kl_in_reward)
+    check_denominator(actor.sum_norm_denominator, actor.loss_agg_mode)
+    check_trigger(config)
     check_train_sampling(rollout.top_p, rollout.top_k)
     validates = config.trainer.val_before_train or config.trainer.test_freq > 0
     check_validation(validates, data.train_files is not None, data.val_files is not None)
@@ -116,9 +123,62 @@ def check_kl(switch: str, enabled: bool, coefficient: float) -> None:
 
 def check_group_size(adv_estimator: str, n: int) -> None:
     """Group-relative advantages need groups. Raises ValueError."""
-    if adv_estimator == "grpo" and n < 2:
+    if adv_estimator in _GROUP_ESTIMATORS and n < 2:
         raise ValueError(
-            f"{_ROLLOUT}.n={n} with algorithm.adv_estimator=grpo makes every advantage 0: sample at least 2 per prompt"
+            f"{_ROLLOUT}.n={n} with algorithm.adv_estimator={adv_estimator} compares no trajectories with each other: "
+            "sample at least 2 per prompt, or set algorithm.adv_estimator=reinforce_plus_plus"
+        )
+
+
+def check_group_filters(dynamic_sampling: bool, filter_ratio: float, n: int) -> None:
+    """Groups are chosen by the spread of their rewards, in one way. Raises ValueError.
+
+    Args:
+        dynamic_sampling: ``algorithm.filter_groups.enable``.
+        filter_ratio: ``rollout.rollout_filter_ratio``.
+    """
+    key = f"{_ROLLOUT}.rollout_filter_ratio"
+    if dynamic_sampling and filter_ratio < 1:
+        raise ValueError(
+            f"algorithm.filter_groups.enable=true and {key}={filter_ratio} both drop groups: set {key}=1.0 for dynamic "
+            "sampling, or algorithm.filter_groups.enable=false to keep a fixed share"
+        )
+    if (dynamic_sampling or filter_ratio < 1) and n < 2:
+        chosen = "algorithm.filter_groups.enable=true" if dynamic_sampling else f"{key}={filter_ratio}"
+        raise ValueError(
+            f"{chosen} chooses groups by the spread of their rewards, which {_ROLLOUT}.n={n} leaves at 0: sample at "
+            "least 2 per prompt, or keep all groups"
+        )
+
+
+def check_old_log_prob(old_log_prob: str, correction: str, kl_in_reward: bool) -> None:
+    """What compares the trainer's log-probs with others needs the pass that computes them. Raises ValueError.
+
+    Args:
+        old_log_prob: ``actor.old_log_prob``.
+        correction: ``algorithm.rollout_correction.mode``.
+    """
+    if old_log_prob != "rollout":
+        return
+    key = f"{_ACTOR}.old_log_prob"
+    if correction != "none":
+        raise ValueError(
+            f"algorithm.rollout_correction.mode={correction} weighs the trainer's log-probs against the engine's, but "
+            f"{key}=rollout takes the engine's for both: set {key}=trainer, or the mode to none"
+        )
+    if kl_in_reward:
+        raise ValueError(
+            f"algorithm.use_kl_in_reward=true compares the trainer's log-probs with the reference, but {key}=rollout "
+            f"skips their pass: set {key}=trainer, or take {_ACTOR}.use_kl_loss instead"
+        )
+
+
+def check_denominator(sum_norm_denominator: str, loss_agg_mode: str) -> None:
+    """The released weights of micro-batches belong to one aggregation. Raises ValueError."""
+    if sum_norm_denominator != "rows" and loss_agg_mode != "seq-mean-token-sum-norm":
+        raise ValueError(
+            f"{_ACTOR}.sum_norm_denominator={sum_norm_denominator} acts only with {_ACTOR}.loss_agg_mode="
+            f"seq-mean-token-sum-norm, which is {loss_agg_mode}: set sum_norm_denominator=rows"
         )
 
 
