@@ -86,6 +86,7 @@ def policy_metrics(figures: StepFigures, norm: float, lr: float) -> dict[str, fl
             "replay/ratio_mean": figures.mean("replay_ratio", "replay_tokens"),
             "replay/ratio_max": figures.maxima["replay_ratio"],
             "replay/tokens": sums["replay_tokens"],
+            "replay/token_share": sums["replay_tokens"] / (sums["replay_tokens"] + sums.get("tokens", 0.0)),
         }
     for term in ("cov", "cov_replay"):
         if f"{term}_candidates" in sums:

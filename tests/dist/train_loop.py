@@ -42,6 +42,20 @@ _SETTINGS = (
     "actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.kl_loss_coef=0.05",
 )  # fmt: skip
 
+SPEAR = (
+    "actor_rollout_ref.actor.use_kl_loss=false", "actor_rollout_ref.actor.enable_trajectory_replay=true",
+    "actor_rollout_ref.actor.trajectory_buffer_size=6", "actor_rollout_ref.actor.max_replay_loss_steps=2",
+    "actor_rollout_ref.actor.replay.trigger_ratio=0.5", "actor_rollout_ref.actor.replay.batch_size=5",
+    "actor_rollout_ref.actor.replay.require=none", "actor_rollout_ref.actor.policy_loss.loss_mode=clip-cov",
+    "actor_rollout_ref.actor.policy_loss.clip_cov_ratio=0.05", "actor_rollout_ref.actor.policy_loss.clip_cov_lb=-0.1",
+    "actor_rollout_ref.actor.policy_loss.clip_cov_ratio_replay=0.05",
+    "actor_rollout_ref.actor.policy_loss.clip_cov_lb_replay=-0.1",
+    "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm", "algorithm.norm_adv_by_std_in_grpo=false",
+    "algorithm.use_toolcall_reward=cosine", "algorithm.max_toolcall_steps=4", "algorithm.rollout_correction.mode=tis",
+    "actor_rollout_ref.rollout.rollout_filter_ratio=0.75", "algorithm.filter_repetitive_responses=true",
+)  # fmt: skip
+"""Self-imitation with covariance clipping, group filter and correction, on top of the settings above."""
+
 
 class EvenTokens:
     """Share of even token ids among the sampled ones: it differs within a group also where all answers are wrong."""
@@ -91,13 +105,13 @@ def make_agent(folder: Path) -> str:
     return str(folder / "sft" / "hf")
 
 
-def run_loop(folder: str, run_dir: Path, layout: Layout) -> LoopResult:
-    """Run `train` on the model in ``folder`` and read what it recorded."""
+def run_loop(folder: str, run_dir: Path, layout: Layout, *more: str) -> LoopResult:
+    """Run `train` on the model in ``folder``, with ``more`` overrides, and read what it recorded."""
     megatron = "actor_rollout_ref.actor.megatron"
     arguments = [
         "train", f"actor_rollout_ref.model.path={folder}", f"trainer.default_local_dir={run_dir}", *_SETTINGS,
         f"{megatron}.tensor_model_parallel_size={layout.tp}", f"{megatron}.pipeline_model_parallel_size={layout.pp}",
-        "--debug",
+        *more, "--debug",
     ]  # fmt: skip
     codes = run_ranks(command_on_rank, layout.world_size, arguments)
     assert codes == [0] * layout.world_size, f"{layout.name}: exit codes {codes}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from train_loop import LOOP_BASELINE, LOOP_LAYOUTS, STEPS, LoopResult, compare, make_agent, run_loop
+from train_loop import LOOP_BASELINE, LOOP_LAYOUTS, SPEAR, STEPS, LoopResult, compare, make_agent, run_loop
 from train_step import Layout
 
 
@@ -36,3 +36,30 @@ def test_a_layout_changes_nothing(agent: str, expected: LoopResult, layout: Layo
     difference = compare(run_loop(agent, tmp_path, layout), expected)
     assert difference.first_step_tokens_equal
     assert difference.error <= 1.0, difference.worst
+
+
+@pytest.fixture(scope="module")
+def expected_with_replay(agent: str, tmp_path_factory: pytest.TempPathFactory) -> LoopResult:
+    return run_loop(agent, tmp_path_factory.mktemp("one_rank"), LOOP_BASELINE, *SPEAR)
+
+
+def test_the_run_with_replay_is_worth_comparing(expected_with_replay: LoopResult) -> None:
+    figures = expected_with_replay.metrics
+    assert [figures[step]["replay/replayed"] for step in range(1, STEPS + 1)] == [0, 5, 5]
+    assert all(figures[step]["replay/pushed"] > 0 and figures[step]["cov/selected"] > 0 for step in figures)
+    assert figures[STEPS]["cov/replay_selected"] > 0 and figures[STEPS]["spear/gamma"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(layout, marks=[] if layout.name == "DP2" else pytest.mark.slow) for layout in LOOP_LAYOUTS],
+    ids=lambda layout: layout.name,
+)
+def test_a_layout_changes_nothing_with_replay_either(
+    agent: str, expected_with_replay: LoopResult, layout: Layout, tmp_path: Path
+) -> None:
+    result = run_loop(agent, tmp_path, layout, *SPEAR)
+    difference = compare(result, expected_with_replay)
+    near = sum(line.get("cov/near_bound", 0.0) + line.get("cov/replay_near_bound", 0.0) for line in result.metrics.values())
+    assert difference.first_step_tokens_equal
+    assert difference.error <= 1.0 or near > 0, difference.worst
