@@ -106,6 +106,7 @@ def load_examples(config: Config, renderer: ChatRenderer) -> list[SftExample]:
             error_rate=sft.error_rate,
             seed=config.data.seed,
             instruction=config.data.instruction,
+            tool_rate=sft.tool_rate,
         )
     max_length = config.data.max_prompt_length + config.data.max_response_length
     return encode_conversations(conversations, renderer, max_length=max_length)

@@ -1,4 +1,4 @@
-"""Built-in tasks: arithmetic and number theory with integer answers, in five levels of difficulty.
+"""Built-in tasks: arithmetic and number theory with integer answers, in five levels of difficulty, and chains.
 
 Everything follows from the seed. Whether a problem belongs to the training or to the validation split is decided by a
 hash of its text, so that the splits are disjoint for any seeds and sizes.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from spear_megatron.data.chains import CHAIN_LEVELS, Call, Chain, draw_chain
 from spear_megatron.parallel.seeds import derive_key
 
 Split = Literal["train", "val"]
@@ -23,7 +24,10 @@ _MAX_MISSES = 2_000  # draws without a new problem after which a level counts as
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """``program`` prints ``answer``; ``wrong_program`` misreads the operation and prints ``wrong_answer``."""
+    """``program`` prints ``answer``; ``wrong_program`` misreads the operation and prints ``wrong_answer``.
+
+    A chained problem is solved with one program per operation; ``chain`` holds them, and is None for all others.
+    """
 
     id: str
     text: str
@@ -33,6 +37,19 @@ class Problem:
     wrong_answer: int
     level: int
     family: str
+    chain: Chain | None = None
+
+    def calls(self, slip: int | None = None) -> tuple[Call, ...]:
+        """The programs of a solution in order; with ``slip``, of one that misreads the operation at that position."""
+        if self.chain is not None:
+            return (self.chain if slip is None else self.chain.slipped(slip)).calls
+        right, wrong = Call(self.program, self.answer), Call(self.wrong_program, self.wrong_answer)
+        return (right if slip is None else wrong,)
+
+    @property
+    def first_guess(self) -> int:
+        """A wrong answer that needs no tool: the number that a chain starts with, else that of the wrong program."""
+        return self.wrong_answer if self.chain is None else self.chain.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +73,7 @@ class Family:
 class GeneratorConfig:
     """Keys under ``data.generator``.
 
-    ``levels`` of difficulty (1 to 5) are drawn equally often. ``num_train`` and ``num_val`` problems, all different.
+    ``levels`` of difficulty (1 to 5; 6 and 7 are chains of 2 and 3 operations) are drawn equally often. ``num_train`` and ``num_val`` problems, all different.
     """
 
     levels: tuple[int, ...] = (1, 2)
@@ -70,8 +87,9 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
-        if not self.levels or not set(self.levels) <= set(LEVELS):
-            raise ValueError(f"data.generator.levels must be chosen from {list(LEVELS)}, got {list(self.levels)}")
+        known = [*LEVELS, *CHAIN_LEVELS]
+        if not self.levels or not set(self.levels) <= set(known):
+            raise ValueError(f"data.generator.levels must be chosen from {known}, got {list(self.levels)}")
         for key in ("num_train", "num_val"):
             if getattr(self, key) < 1:
                 raise ValueError(f"data.generator.{key} must be at least 1, got {getattr(self, key)}")
@@ -94,8 +112,7 @@ def draw_problems(rng: Random, *, levels: Sequence[int], count: int, split: Spli
     misses = 0
     while len(problems) < count:
         level = levels[len(problems) % len(levels)]
-        family = rng.choice([family for family in FAMILIES if family.level == level])
-        problem = _draw_problem(rng, family)
+        problem = _draw_problem(rng, level)
         if problem.text in problems or split_of(problem.text) != split:
             misses += 1
             if misses > _MAX_MISSES:
@@ -115,14 +132,16 @@ def split_of(text: str) -> Split:
     return "val" if int.from_bytes(digest, "little") % _VAL_SHARE == 0 else "train"
 
 
-def _draw_problem(rng: Random, family: Family) -> Problem:
+def _draw_problem(rng: Random, level: int) -> Problem:
+    if level in CHAIN_LEVELS:
+        return _chained_problem(draw_chain(rng, CHAIN_LEVELS[level]), level)
+    family = rng.choice([family for family in FAMILIES if family.level == level])
     numbers = family.draw(rng)
     while family.slip_solve(*numbers) == family.solve(*numbers):
         numbers = family.draw(rng)
     text = family.question.format(*numbers)
-    digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
     return Problem(
-        id=f"{family.name}-{digest}",
+        id=_problem_id(family.name, text),
         text=text,
         answer=family.solve(*numbers),
         program=family.program.format(*numbers),
@@ -131,6 +150,25 @@ def _draw_problem(rng: Random, family: Family) -> Problem:
         level=family.level,
         family=family.name,
     )
+
+
+def _chained_problem(chain: Chain, level: int) -> Problem:
+    slip = chain.slipped(len(chain.operations) - 1)
+    return Problem(
+        id=_problem_id(chain.family, chain.question),
+        text=chain.question,
+        answer=chain.answer,
+        program=chain.program,
+        wrong_program=slip.program,
+        wrong_answer=slip.answer,
+        level=level,
+        family=chain.family,
+        chain=chain,
+    )
+
+
+def _problem_id(family: str, text: str) -> str:
+    return f"{family}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
 def _digits(*lengths: int) -> Callable[[Random], tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from spear_megatron.data.chains import Call
 from spear_megatron.data.chat import ChatRenderer
 from spear_megatron.data.generator import GeneratorConfig, Problem, generate_problems
 from spear_megatron.data.jsonl import read_jsonl
@@ -58,37 +60,54 @@ class SftSource:
 
 
 def cold_start_conversations(
-    config: GeneratorConfig, *, count: int, error_rate: float, seed: int, instruction: str = ""
+    config: GeneratorConfig,
+    *,
+    count: int,
+    error_rate: float,
+    seed: int,
+    instruction: str = "",
+    tool_rate: float = 1.0,
 ) -> list[Conversation]:
     """Demonstrations of the tool on the first ``count`` training problems: call, tool response, boxed answer.
 
-    A share ``error_rate`` of them runs a program that misreads the operation, so that the imitator leaves something to
-    learn: it uses the tool well, but not always for what was asked.
+    Args:
+        error_rate: share that runs a program that misreads the operation, so that the imitator leaves something to
+            learn: it uses the tool well, but not always for what was asked.
+        tool_rate: probability with which each next call that the problem needs is made; without it the conversation
+            ends there with a wrong guess. The imitator of a low rate seldom uses the tool to the end: a problem of k
+            calls is solved by tool_rate ** k of the demonstrations.
 
     Raises:
-        ValueError: ``count`` exceeds ``data.generator.num_train``, or ``error_rate`` is not a share.
+        ValueError: ``count`` exceeds ``data.generator.num_train``, or a rate is not a share.
     """
-    if not 0 <= error_rate <= 1:
-        raise ValueError(f"error_rate must lie between 0 and 1, got {error_rate}")
+    for name, rate in (("error_rate", error_rate), ("tool_rate", tool_rate)):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {rate}")
     problems = generate_problems(config, "train")
     if not 1 <= count <= len(problems):
         raise ValueError(f"a cold start of {count} conversations needs data.generator.num_train >= {count} (and >= 1)")
-    rng = Random(derive_key(seed, "sft/cold_start"))
-    return [_demonstration(rng, problem, error_rate, instruction) for problem in problems[:count]]
+    errors = Random(derive_key(seed, "sft/cold_start"))
+    stops = Random(derive_key(seed, "sft/cold_start/stops"))  # of its own: the errors do not depend on the tool_rate
+    conversations = []
+    for problem in problems[:count]:
+        slip = None
+        if errors.random() < error_rate:
+            slip = 0 if problem.chain is None else errors.randrange(len(problem.chain.operations))
+        calls = list(itertools.takewhile(lambda _: stops.random() < tool_rate, problem.calls(slip)))
+        conversations.append(_demonstration(problem, calls, instruction))
+    return conversations
 
 
-def _demonstration(rng: Random, problem: Problem, error_rate: float, instruction: str) -> Conversation:
-    program, printed = problem.program, problem.answer
-    if rng.random() < error_rate:
-        program, printed = problem.wrong_program, problem.wrong_answer
-    call = {"type": "function", "function": {"name": TOOL_NAME, "arguments": {"code": program}}}
-    messages: tuple[Mapping[str, Any], ...] = (
-        {"role": "user", "content": problem.text + instruction},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "name": TOOL_NAME, "content": format_output(f"{printed}\n")},
-        {"role": "assistant", "content": f"\\boxed{{{printed}}}"},
-    )
-    return Conversation(messages=messages, tools=(TOOL_SCHEMA,), origin=problem.id)
+def _demonstration(problem: Problem, calls: Sequence[Call], instruction: str) -> Conversation:
+    """The calls, each with its response, then the last number printed as the answer."""
+    messages: list[Mapping[str, Any]] = [{"role": "user", "content": problem.text + instruction}]
+    answer = problem.first_guess
+    for program, answer in calls:
+        call = {"type": "function", "function": {"name": TOOL_NAME, "arguments": {"code": program}}}
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        messages.append({"role": "tool", "name": TOOL_NAME, "content": format_output(f"{answer}\n")})
+    messages.append({"role": "assistant", "content": f"\\boxed{{{answer}}}"})
+    return Conversation(messages=tuple(messages), tools=(TOOL_SCHEMA,), origin=problem.id)
 
 
 def load_conversations(files: Sequence[str]) -> list[Conversation]:

@@ -74,6 +74,8 @@ class SFTConfig:
     """Built-in demonstrations to make (ignored when train_files is given)."""
     error_rate: float = 0.0
     """Share of built-in demonstrations whose program is wrong, so that reinforcement learning has something to mend."""
+    tool_rate: float = 1.0
+    """Chance of each next tool call in a built-in demonstration, which otherwise ends there with a wrong guess."""
     total_training_steps: int = 60
     """Optimizer steps."""
     train_batch_size: int = 64
@@ -89,7 +91,8 @@ class SFTConfig:
         for name in ("num_examples", "total_training_steps", "train_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sft.{name} must be at least 1, got {getattr(self, name)}")
-        if not 0.0 <= self.error_rate <= 1.0:
-            raise ValueError(f"sft.error_rate is a share between 0 and 1, got {self.error_rate}")
+        for name in ("error_rate", "tool_rate"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"sft.{name} is a share between 0 and 1, got {getattr(self, name)}")
         if self.lr <= 0 or self.lr_warmup_steps < 0:
             raise ValueError("sft.lr must be positive and sft.lr_warmup_steps not negative")

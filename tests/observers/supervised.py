@@ -34,6 +34,7 @@ OBSERVERS: Observers = {
     "sft.train_files": Observer(examples, ("null", "{files}/talks.jsonl")),
     "sft.num_examples": Observer(examples, ("8", "5")),
     "sft.error_rate": Observer(examples, ("0.0", "1.0")),
+    "sft.tool_rate": Observer(examples, ("1.0", "0.5")),
     "sft.total_training_steps": Observer(cold_start, ("3", "4"), ("sft.lr_warmup_steps=1",)),
     "sft.train_batch_size": Observer(cold_start, ("2", "3"), ("sft.lr_warmup_steps=1",)),
     "sft.lr": Observer(cold_start, ("3e-3", "1e-3"), ("sft.lr_warmup_steps=1",)),
