@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,9 +53,14 @@ def parse_map(rows: Any) -> GridMap:
     Raises:
         ValueError: it is not such a drawing, is larger than 10 x 10, or cannot be solved.
     """
-    usable = isinstance(rows, (list, tuple)) and rows and all(isinstance(row, str) and row for row in rows)
+    usable = isinstance(rows, (list, tuple)) and rows and all(isinstance(row, str) for row in rows)
     if not usable or len(rows) > 10 or len(rows[0]) > 10 or len({len(row) for row in rows}) != 1:
         raise ValueError("its 'map' must be a list of up to 10 strings of equal length, up to 10")
+    return _parsed(tuple(rows))
+
+
+@functools.lru_cache(maxsize=4096)  # every sample of a group plays on the same map
+def _parsed(rows: tuple[str, ...]) -> GridMap:
     cells = {(y, x): mark for y, row in enumerate(rows) for x, mark in enumerate(row)}
     unknown = sorted(set(cells.values()) - set("#.") - set(_PLACES))
     places = {name: [cell for cell, seen in cells.items() if seen == mark] for mark, name in _PLACES.items()}
@@ -93,8 +99,9 @@ def observe(grid: GridMap, state: GridState) -> str:
 
     For example ``key up2 left1 wall down``. Within one map different states give different texts.
     """
-    name, (y, x) = ("goal", grid.goal) if state.door_open else ("door", grid.door) if state.has_key else ("key", grid.key)
-    dy, dx = y - state.cell[0], x - state.cell[1]
+    name = "goal" if state.door_open else "door" if state.has_key else "key"
+    target: Cell = getattr(grid, name)
+    dy, dx = target[0] - state.cell[0], target[1] - state.cell[1]
     words = [name]
     if dy:
         words.append(f"{'down' if dy > 0 else 'up'}{abs(dy)}")

@@ -1,8 +1,8 @@
 """A small text grid world: take the key, open the door, reach the goal. One word per turn, a reward only at the end.
 
-The map comes with the prompt, so that all samples of a group act in the same world. Every turn opens a new segment whose
-prompt is rebuilt from the task, the last few steps and the current observation: the step-wise agent of GiGPO (arXiv
-2505.10978), whose step groups are the turns of a group that start from the same observation.
+The map comes with the prompt, so that all samples of a group act in the same world. Every turn opens a new segment
+whose prompt is rebuilt from the task, the last few steps and the current observation: the step-wise agent of GiGPO
+(arXiv 2505.10978), whose step groups are the turns of a group that start from the same observation.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _ACTION = re.compile(r"\s*(?:<action>)?\s*([a-z]+)\s*(?:</action>)?\s*", re.IGNO
 class GridWorldEnvironment:
     """One episode in the map ``prompt.extra["map"]``; the task line is the prompt's own message.
 
-    A turn is one word of up, down, left, right, take, open, alone or within ``<action>`` tags. A readable word counts as
-    a tool call, so that ``num_tool_turns`` is the number of turns with a valid action; if it changes nothing (a step into
-    a wall) it counts as a tool failure too. Any other text changes nothing and is an invalid action. The reward is 1 on
-    the turn that reaches the goal and 0 on every other one.
+    A turn is one word of up, down, left, right, take, open, alone or within ``<action>`` tags. A readable word counts
+    as a tool call, so that ``num_tool_turns`` is the number of turns with a valid action; if it changes nothing (a step
+    into a wall) it counts as a tool failure too. Any other text changes nothing and is an invalid action. The reward is
+    1 on the turn that reaches the goal and 0 on every other one.
     """
 
     def __init__(self, *, max_steps: int = 20, history: int = 2) -> None:
