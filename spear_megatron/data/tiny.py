@@ -5,9 +5,10 @@ The folder is an ordinary Hugging Face one: ``AutoTokenizer`` and ``AutoModelFor
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spear_megatron.data.generator import LEVELS, draw_problems
+from spear_megatron.data.jsonl import read_jsonl
 from spear_megatron.parallel.seeds import derive_key, generator
 
 if TYPE_CHECKING:
@@ -84,18 +86,19 @@ def make_tiny_model(
     max_positions: int = 2048,
     tie_embeddings: bool = True,
     max_vocab_size: int = 512,
+    texts: Sequence[str] | None = None,
 ) -> Path:
     """Write a tokenizer and a randomly initialised fp32 Qwen3 model to ``out_dir`` and return it.
 
-    The default has about 0.2 M parameters. The vocabulary holds at most ``max_vocab_size`` tokens, at least 265. Equal
-    arguments give equal files.
+    The default has about 0.2 M parameters. The vocabulary holds at most ``max_vocab_size`` tokens, at least 265; it
+    is trained on ``texts``, or on those of the built-in arithmetic tasks. Equal arguments give equal files.
     """
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(seed=seed, max_vocab_size=max_vocab_size)
+    tokenizer = build_tokenizer(seed=seed, max_vocab_size=max_vocab_size, texts=texts)
     tokenizer.save_pretrained(folder)
     config = _model_config(
         tokenizer,
@@ -115,8 +118,10 @@ def make_tiny_model(
     return folder
 
 
-def build_tokenizer(*, seed: int, max_vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Qwen's split and control tokens, trained on the texts of the built-in tasks."""
+def build_tokenizer(
+    *, seed: int, max_vocab_size: int = 512, texts: Sequence[str] | None = None
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with Qwen's split and control tokens, trained on ``texts`` or those of the built-in tasks."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -135,7 +140,7 @@ def build_tokenizer(*, seed: int, max_vocab_size: int = 512) -> PreTrainedTokeni
     trainer = trainers.BpeTrainer(
         vocab_size=max_vocab_size - added, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(_corpus(seed), trainer)
+    backend.train_from_iterator(_corpus(seed) if texts is None else ("system\nuser\nassistant\n", *texts), trainer)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAG_TOKENS])
     return PreTrainedTokenizerFast(
@@ -192,7 +197,37 @@ def _initial_weights(config: Qwen3Config, seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-if __name__ == "__main__":
-    import sys
+def conversation_texts(path: str | Path) -> list[str]:
+    """The texts of all messages in a JSONL file of conversations (``messages``), for ``texts`` above.
 
-    print(f"wrote {make_tiny_model(sys.argv[1], seed=0)}")
+    Raises:
+        ValueError: the file cannot be read or a row is no conversation; names file and line.
+    """
+    texts = []
+    for where, row in read_jsonl(path):
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise ValueError(f"{where}: 'messages' must be a list of objects")
+        texts += [message["content"] for message in messages if isinstance(message.get("content"), str)]
+    return texts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m spear_megatron.data.tiny OUT``: write the model folder."""
+    parser = argparse.ArgumentParser(prog="python -m spear_megatron.data.tiny", description=__doc__)
+    parser.add_argument("out", help="folder of the model")
+    parser.add_argument("--seed", type=int, default=0, help="keys the weights and the tokenizer's corpus")
+    parser.add_argument("--vocabulary", type=int, default=512, help="most tokens of the tokenizer")
+    parser.add_argument("--conversations", help="JSONL file of messages whose texts the tokenizer is trained on")
+    args = parser.parse_args(argv)
+    try:
+        texts = None if args.conversations is None else conversation_texts(args.conversations)
+        folder = make_tiny_model(args.out, seed=args.seed, max_vocab_size=args.vocabulary, texts=texts)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"wrote {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -39,8 +39,8 @@ class CodeInterpreterEnvironment:
     """One episode of a problem with the tool. The sandbox is shared between episodes and stays open.
 
     Every call of a turn is answered by one tool message: output, or an error text. ``num_tool_calls`` counts calls that
-    were run, ``num_tool_failures`` everything answered by an error: malformed calls, failed programs. A turn of which no
-    call could be run is an invalid action.
+    were run, ``num_tool_failures`` everything answered by an error: malformed calls, failed programs. A turn of which
+    no call could be run is an invalid action.
     """
 
     needs_sandbox = True

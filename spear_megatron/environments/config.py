@@ -18,11 +18,11 @@ class EnvironmentConfig:
     """
 
     name: str = "code_interpreter"
-    """Built-in environment, or module:attribute of a class or function that makes one per episode."""
+    """Built-in environment (code_interpreter, grid_world), or module:attribute of what makes one per episode."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError("env.name is empty: use code_interpreter or 'module:attribute'")
+            raise ValueError("env.name is empty: use code_interpreter, grid_world or 'module:attribute'")

@@ -14,6 +14,7 @@ from spear_megatron.types import Prompt
 
 ENVIRONMENTS: Mapping[str, str] = {
     "code_interpreter": "spear_megatron.environments.code_interpreter:CodeInterpreterEnvironment",
+    "grid_world": "spear_megatron.environments.grid_world:GridWorldEnvironment",
 }
 
 EnvironmentFactory = Callable[[], Environment]

@@ -11,7 +11,10 @@ from typing import Any
 
 from spear_megatron.environments.protocol import Reward
 
-REWARDS: Mapping[str, str] = {"math": "spear_megatron.rewards.math:MathReward"}
+REWARDS: Mapping[str, str] = {
+    "math": "spear_megatron.rewards.math:MathReward",
+    "environment": "spear_megatron.rewards.environment:EnvironmentReward",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,7 @@ class RewardConfig:
     """
 
     name: str = "math"
-    """Built-in reward, or module:attribute of a class or function that makes one."""
+    """Built-in reward (math, environment), or module:attribute of a class or function that makes one."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward."""
 

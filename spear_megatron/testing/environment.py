@@ -117,6 +117,7 @@ def _check_step(result: Any, what: str) -> None:
     )
     require_int(result.num_tool_calls, f"{what}: num_tool_calls")
     require_int(result.num_tool_failures, f"{what}: num_tool_failures")
+    require_int(result.num_invalid_actions, f"{what}: num_invalid_actions")
     number = isinstance(result.reward, (int, float)) and result.reward == result.reward
     finite = number and abs(result.reward) != float("inf")
     require(finite, f"{what}: reward must be a finite number, got {result.reward!r}")
@@ -124,6 +125,9 @@ def _check_step(result: Any, what: str) -> None:
     require(any(ways), f"{what}: the step is not done and has neither messages nor an observation")
     require(not (result.messages and result.observation), f"{what}: messages and an observation exclude each other")
     require(result.done or not result.void, f"{what}: void goes with done")
+    require(isinstance(result.success, bool), f"{what}: success must be true or false, got {result.success!r}")
+    require(result.done or not result.success, f"{what}: success goes with done")
+    require(not (result.success and result.void), f"{what}: success and void exclude each other")
     _check_messages(result.messages, ("tool", "user"), what)
     if result.observation is not None:
         _check_observation(result.observation, what)
