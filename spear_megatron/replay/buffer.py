@@ -102,7 +102,7 @@ class ReplayBuffer:
     @property
     def trigger(self) -> float:
         """Trajectories that the buffer must count before anything is replayed."""
-        return self._rules.replay.trigger_ratio * self._rules.buffer_size
+        return self._rules.trigger
 
     def expire(self, step: int) -> tuple[TrajectoryId, ...]:
         """Drop what is too old to be replayed at ``step``; the ids dropped. Every rank does the same."""
