@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ from spear_megatron.replay.decisions import (
     split_expired,
 )
 from spear_megatron.replay.entries import ReplayEntry
-from spear_megatron.replay.storage import Place, SegmentWriter, read_record, segment_files
+from spear_megatron.replay.storage import Place, SegmentWriter, newest_files, read_record, segment_files
 from spear_megatron.types import TrajectoryId
 
 _MIB = 1 << 20
@@ -102,7 +103,7 @@ class ReplayBuffer:
     @property
     def trigger(self) -> float:
         """Trajectories that the buffer must count before anything is replayed."""
-        return self._rules.replay.trigger_ratio * self._rules.buffer_size
+        return self._rules.trigger
 
     def expire(self, step: int) -> tuple[TrajectoryId, ...]:
         """Drop what is too old to be replayed at ``step``; the ids dropped. Every rank does the same."""
@@ -209,7 +210,8 @@ class ReplayBuffer:
         places = {key: place for _, part, _ in gathered for key, place in part.items()}
         in_use = {entry.path for entry in files} | {name for _, _, name in gathered if name is not None}
         if self._parallel.rank == 0:
-            self._collectable = segment_files(self._run_dir) - in_use
+            present = segment_files(self._run_dir)
+            self._collectable = present - in_use - newest_files(present)
         state = {
             "entries": [{**entry.encode(), "place": asdict(places[entry.id])} for entry in self.entries],
             "baseline": [list(asdict(part).values()) for part in self._baseline],
@@ -221,10 +223,12 @@ class ReplayBuffer:
     def collect(self, named: set[str]) -> None:
         """Delete the segment files that the buffer no longer needs and no kept checkpoint names; on rank 0 alone.
 
-        Files that are newer than the latest :meth:`snapshot` are left alone.
+        Files that are newer than the latest :meth:`snapshot` are left alone, and so is the newest of every leader: its
+        number must not come again.
         """
         for name in sorted(self._collectable - named):
-            self._files.remove_file(self._run_dir / name)
+            with contextlib.suppress(FileNotFoundError):
+                self._files.remove_file(self._run_dir / name)
         self._collectable &= named
 
     def restore(self, state: Mapping[str, Any], files: Sequence[FileEntry]) -> Counter[str]:
@@ -244,6 +248,7 @@ class ReplayBuffer:
         """
         entries = [ReplayEntry.decode({k: v for k, v in row.items() if k != "place"}) for row in state["entries"]]
         places = {TrajectoryId(*row["id"]): Place(**row["place"]) for row in state["entries"]}
+        self._drop(self.entries)
         same = [entry for entry in entries if entry.temperature == self._temperature]
         if state["shards"] != self._parallel.dp_size:
             same = resharded(same, self._parallel.dp_size)

@@ -35,6 +35,18 @@ class ReplayRules:
     replay: ReplayConfig
 
     @property
+    def trigger(self) -> float:
+        """Trajectories that the buffer must count before anything is replayed."""
+        return _times(self.replay.trigger_ratio, self.buffer_size)
+
+    @property
+    def capacity(self) -> int | None:
+        """Most trajectories that are kept, at least one; None without a bound."""
+        if self.replay.capacity_ratio == 0:
+            return None
+        return max(math.floor(_times(self.replay.capacity_ratio, self.buffer_size)), 1)
+
+    @property
     def decays(self) -> bool:
         """Whether stored advantages are multiplied by ``weight_decay`` instead of recalibrated."""
         return 0.0 < self.weight_decay <= 1.0
@@ -97,7 +109,7 @@ def split_expired(entries: Entries, step: int, last_push_step: int | None, rules
 
 def split_evicted(entries: Entries, rules: ReplayRules) -> tuple[Entries, Entries]:
     """(kept, evicted): the oldest leave until the bounds in trajectories and bytes hold."""
-    bound = math.floor(rules.replay.capacity_ratio * rules.buffer_size) or len(entries)
+    bound = len(entries) if rules.capacity is None else rules.capacity
     max_bytes = int(rules.replay.max_gib * _BYTES_PER_GIB)
     first, total = len(entries), 0
     while first > 0 and len(entries) - first < bound and total + entries[first - 1].num_bytes <= max_bytes:
@@ -127,11 +139,10 @@ def select(
     p50, p50_std = _baseline(entries, baseline, coefficient)
     judged = [_judged(entry, coefficient, p50, p50_std, rules) for entry in entries]
     qualifying = [item for item in judged if rules.decays or item.advantage > 0]
-    trigger = rules.replay.trigger_ratio * rules.buffer_size
     if rules.replay.trigger_count == "stored":
-        triggered = len(entries) >= max(trigger, 1)
+        triggered = len(entries) >= max(rules.trigger, 1)
     else:
-        triggered = len(qualifying) > trigger
+        triggered = len(qualifying) > rules.trigger
     chosen = _sample(qualifying, rules, step=step, batch_size=batch_size, seed=seed) if triggered else ()
     return ReplaySelection(
         step=step,
@@ -180,6 +191,11 @@ def _sample(
         return -math.log((key + 1) * _UNIFORM) / max(item.advantage, 1e-12), item.entry.id
 
     return tuple(sorted(sorted(qualifying, key=order)[:count], key=lambda item: item.entry.id))
+
+
+def _times(ratio: float, size: int) -> float:
+    """Their product without the rounding error of a decimal ratio: 0.29 of 100 is 29."""
+    return round(ratio * size, 6)
 
 
 def _power_of_two(count: int) -> int:

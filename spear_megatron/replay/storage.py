@@ -7,6 +7,7 @@ a later, lost step appended is ignored. Names are never used twice.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -97,18 +98,21 @@ class SegmentWriter:
         self._stream: IO[bytes] | None = None
         self._hash = hashlib.sha256()
         self._open: _Segment | None = None
+        self._torn = False  # a write failed: nobody knows what follows the valid bytes of the open file
         self._segments: dict[str, _Segment] = {}
 
     def append(self, trajectory: TrajectoryId, payload: bytes) -> Place:
-        """Write one record; it is on disk for good only after :meth:`sync`."""
-        if self._open is None or self._open.num_bytes >= self._segment_bytes:
+        """Write one record; it is on disk for good only after :meth:`sync`. After a failure the next file is begun."""
+        if self._open is None or self._torn or self._open.num_bytes >= self._segment_bytes:
             self._begin()
         segment, stream = self._open, self._stream
         assert segment is not None and stream is not None
         data = record_bytes(trajectory, payload)
         place = Place(segment.file, segment.num_bytes, len(data))
+        self._torn = True
         stream.write(data)
         stream.flush()
+        self._torn = False
         self._hash.update(data)
         segment.num_bytes += len(data)
         segment.sha256 = self._hash.hexdigest()
@@ -149,8 +153,8 @@ class SegmentWriter:
     def close(self) -> None:
         """Close the open file; what was appended since the last :meth:`sync` may be lost."""
         if self._stream is not None:
-            self._stream.close()
-            self._stream, self._open = None, None
+            stream, self._stream, self._open = self._stream, None, None
+            stream.close()
 
     def _begin(self) -> None:
         """Seal the open file and create the next one."""
@@ -163,11 +167,12 @@ class SegmentWriter:
         folder = self._run_dir / self._folder
         for parent in (folder.parent, folder):
             if not parent.is_dir():
-                self._files.mkdir(parent)
+                with contextlib.suppress(FileExistsError):  # leaders create the common parent at the same time
+                    self._files.mkdir(parent)
                 self._files.sync_folder(parent.parent)
         numbers = [int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         name = f"segment_{max(numbers, default=-1) + 1:06d}.bin"
-        self._stream = self._files.open_new(folder / name)
+        self._stream, self._torn = self._files.open_new(folder / name), False
         self._files.sync_folder(folder)
         self._hash = hashlib.sha256()
         self._open = _Segment(str(self._folder / name))
@@ -178,6 +183,17 @@ def segment_files(run_dir: Path) -> set[str]:
     """Every segment file there is, by path relative to the run directory."""
     found = (run_dir / FOLDER).glob("shard_*/segment_*.bin")
     return {str(path.relative_to(run_dir)) for path in found if _NAME.fullmatch(path.name)}
+
+
+def newest_files(files: Iterable[str]) -> set[str]:
+    """The file of every folder with the highest number; while it exists, no number is given out again."""
+    newest: dict[str, tuple[int, str]] = {}
+    for file in files:
+        match = _NAME.fullmatch(Path(file).name)
+        assert match is not None
+        folder = str(Path(file).parent)
+        newest[folder] = max(newest.get(folder, (-1, "")), (int(match[1]), file))
+    return {file for _, file in newest.values()}
 
 
 def _digest(header: bytes, payload: bytes) -> bytes:
