@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,34 @@ def summarise(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
         success = json.loads((out / f"evaluation_{name}" / "report.json").read_text())["metrics"]["success_rate"]
         return {"success_rate": success["value"], "ci95": [success["low"], success["high"]]}
 
+    record = [line for line in read_record(out / "rl") if line["step"] > 0]
     return {
         "sft": result("sft"),
         "final": result("final"),
-        "steps": max(line["step"] for line in read_record(out / "rl")),
+        "steps": len(record),
+        "spear": summarise_spear(record),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "hf_export": str(out / "rl" / "hf"),
+    }
+
+
+def summarise_spear(record: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What self-imitation and covariance clipping did over the run; empty for a recipe without them."""
+    replayed = [line.get("replay/replayed", 0.0) for line in record]
+    if not any("spear/gamma" in line for line in record):
+        return {}
+
+    def total(name: str) -> int:
+        steps = [line.get(name, 0.0) * line["training/num_optimizer_steps"] for line in record]
+        return round(sum(steps))
+
+    return {
+        "replayed_trajectories": round(sum(replayed)),
+        "steps_with_replay": sum(count > 0 for count in replayed),
+        "replayed_tokens": total("replay/tokens"),
+        "mean_gamma": round(sum(line.get("spear/gamma", 0.0) for line in record) / len(record), 4),
+        "covariance_tokens": total("cov/selected"),
+        "covariance_tokens_replayed": total("cov/replay_selected"),
     }
 
 
@@ -147,6 +169,12 @@ def show(out: Path, summary: dict[str, Any]) -> None:
         part = summary[name]
         low, high = (100 * bound for bound in part["ci95"])
         print(f"{name:>6}: {100 * part['success_rate']:5.1f} % solved (95 % interval {low:.1f} - {high:.1f} %)")
+    if spear := summary["spear"]:
+        print(
+            f"replayed {spear['replayed_trajectories']} trajectories in {spear['steps_with_replay']} of "
+            f"{summary['steps']} steps, mean gamma {spear['mean_gamma']:.2f}; covariance clipping stopped "
+            f"{spear['covariance_tokens']} fresh and {spear['covariance_tokens_replayed']} replayed tokens"
+        )
     print(f"{summary['steps']} steps, {summary['seconds']['total']:.0f} s")
     print(f"curve in {out / 'learning_curve.png'}, model in {summary['hf_export']}")
 

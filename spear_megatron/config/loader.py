@@ -1,6 +1,6 @@
 """Loading a configuration: defaults from nested dataclasses, a YAML file that only overrides them, ``key=value`` pairs.
 
-A YAML file may name a parent with ``base: other.yaml`` (relative to itself). Values may refer to others as ``${a.b}``.
+A YAML file may name a parent with ``base: other.yaml`` (relative to itself), or several, of which later ones win. Values may refer to others as ``${a.b}``.
 Every problem is one ValueError (FileNotFoundError for a missing file) naming the key and the file or override.
 """
 
@@ -95,12 +95,11 @@ def _file_layers(path: Path, children: tuple[Path, ...]) -> list[_Layer]:
         reason = f", named as '{BASE_KEY}' in {children[-1]}" if children else ""
         raise FileNotFoundError(f"configuration file {path} does not exist{reason}")
     values = _parse_file(path)
-    base = values.pop(BASE_KEY, None)
-    layers = []
-    if base is not None:
-        if not isinstance(base, str):
-            raise ValueError(f"{BASE_KEY} must be the path of a YAML file, got {base!r} (in {path})")
-        layers = _file_layers(path.parent / base, (*children, path.resolve()))
+    bases = values.pop(BASE_KEY, [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{BASE_KEY} must be the path of a YAML file, or a list of paths, got {bases!r} (in {path})")
+    layers = [layer for base in bases for layer in _file_layers(path.parent / base, (*children, path.resolve()))]
     return [*layers, _Layer(values, f"in {path}")]
 
 

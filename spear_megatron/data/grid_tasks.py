@@ -43,7 +43,9 @@ def draw_tasks(count: int, *, seed: int, size: int, num_obstacles: int = 2, min_
     """
     if not 3 <= size <= 10:
         raise ValueError(f"--size must lie between 3 and 10, got {size}")
-    rng, tasks, seen = Random(derive_key(seed, "grid/maps", size)), [], set()
+    rng = Random(derive_key(seed, "grid/maps", size))
+    tasks: list[GridTask] = []
+    seen: set[tuple[str, ...]] = set()
     failures = 0
     while len(tasks) < count:
         rows = _draw_map(rng, size, num_obstacles)

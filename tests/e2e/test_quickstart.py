@@ -17,6 +17,7 @@ SHORT = (
     "data.train_batch_size=4",
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
     "actor_rollout_ref.rollout.n=2",
+    "actor_rollout_ref.actor.trajectory_buffer_size=2",
     "trainer.total_training_steps=2",
 )
 
@@ -33,6 +34,7 @@ def test_every_stage_of_the_quickstart(tmp_path: Path) -> None:
         low, high = summary[part]["ci95"]
         assert 0.0 <= low <= summary[part]["success_rate"] <= high <= 1.0
     assert set(summary["seconds"]) == {"model", "sft", "sft_evaluation", "rl", "final_evaluation", "total"}
+    assert 0 < summary["spear"]["mean_gamma"] < 0.1 and summary["spear"]["steps_with_replay"] <= 2
     assert (Path(summary["hf_export"]) / "model.safetensors").is_file()
     assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "plain transformers loads" in done.stdout and "success of the training rollouts" in done.stdout

@@ -78,6 +78,14 @@ def test_yaml_only_overrides(tmp_path: Path) -> None:
     assert config == Root(actor=Actor(optim=Optim(lr=1e-6), steps=7), files=("x", "y"))
 
 
+def test_of_several_bases_the_later_wins(tmp_path: Path) -> None:
+    write(tmp_path, "one.yaml", "actor: {steps: 2, use_kl: true}\n")
+    write(tmp_path, "two.yaml", "actor: {steps: 3}\n")
+    leaf = write(tmp_path, "leaf.yaml", "base: [one.yaml, two.yaml]\n")
+    actor = load(Root, leaf).actor
+    assert actor.steps == 3 and actor.use_kl
+
+
 def test_base_is_relative_to_the_file_and_child_wins(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path, "root.yaml", "actor: {steps: 1, name: root}\nlength: 5\n")
