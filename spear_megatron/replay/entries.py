@@ -17,7 +17,8 @@ class ReplayEntry:
     Attributes:
         base, bonus: its reward is base + mu * bonus at any tool-call coefficient mu.
         parts: raw parts of the reward, kept apart.
-        stored_reward, advantage: shaped reward and advantage in its group when it was pushed.
+        stored_reward: base + mu * bonus at the coefficient of its step, as the baseline of that step has it.
+        advantage: in its group when it was pushed.
         num_tokens: of all segments, prompts included. num_sampled: of them sampled by the policy.
         num_bytes: of the payload.
         temperature: of sampling; its log-probs mean something at this one alone.

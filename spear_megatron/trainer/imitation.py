@@ -178,7 +178,7 @@ class Imitation:
                     base=scores.base[row.id],
                     bonus=scores.bonus[row.id],
                     parts=row.reward,
-                    stored_reward=scores.rewards[row.id],
+                    stored_reward=scores.base[row.id] + scores.mu * scores.bonus[row.id],
                     advantage=scores.advantages[row.id],
                     num_tokens=tokens,
                     num_sampled=sum(row.sampled_lengths),
