@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from study_plan import (
     RunSpec,
@@ -155,31 +155,46 @@ def tune(
 
     An arm of which a run failed is not frozen.
     """
-    grids = {task: tuning_runs(study, task, out, arms=arms, seeds=TUNING_SEEDS, start=starts[task.name])
-             for task in tasks}  # fmt: skip
-    failures = run_all([spec for grid in grids.values() for specs in grid.values() for spec in specs], jobs)
+    grids = [
+        tuning_runs(study, task, out, arms=arms, seeds=TUNING_SEEDS, start=starts[task.name]) for task in tasks
+    ]
+    failures = run_all([spec for grid in grids for specs in grid.values() for spec in specs], jobs)
     stored = json.loads(frozen_path.read_text()) if frozen_path.is_file() else {}
-    for task, grid in grids.items():
-        runs = [Run(f"{arm}:{lr!r}", spec.seed, record_of(spec.folder))
-                for (arm, lr), specs in grid.items() for spec in specs if is_done(spec)]  # fmt: skip
-        if not runs:
-            continue
-        found = outcomes(runs, min(common_budget(runs), task.token_budget), ())
+    for task, grid in zip(tasks, grids, strict=True):
+        stored[task.name] = {**stored.get(task.name, {}), **best_rates(task, grid)}
         for arm in arms:
-            names = [f"{arm}:{lr!r}" for lr in task.learning_rates]
-            if not names or any(name not in found for name in names):
-                continue
-            finals = {lr: statistics.fmean(found[f"{arm}:{lr!r}"].final.values()) for lr in task.learning_rates}
-            areas = {lr: statistics.fmean(found[f"{arm}:{lr!r}"].area.values()) for lr in task.learning_rates}
-            best = max(task.learning_rates, key=lambda lr: (finals[lr], areas[lr], -lr))
-            scores = {f"{lr:g}": round(final, 4) for lr, final in finals.items()}
-            stored.setdefault(task.name, {})[arm] = {"lr": best, "final": scores}
-            print(f"{task.name} {arm}: lr {best:g} of {scores}")
+            print(f"{task.name} {arm}: {stored[task.name].get(arm, 'not frozen')}")
     text = json.dumps(stored, indent=2) + "\n"
     for path in (frozen_path, out / "frozen.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return failures
+
+
+def best_rates(task: Task, grid: Mapping[tuple[str, float], Sequence[RunSpec]]) -> dict[str, dict[str, Any]]:
+    """Per arm whose whole grid has finished, the rate of best held-out success at the tokens that all runs reached.
+
+    Equal success is decided by the area under the curve, then for the lower rate.
+    """
+    runs = {
+        key: [Run(f"{key[0]} {key[1]!r}", spec.seed, record_of(spec.folder)) for spec in specs]
+        for key, specs in grid.items()
+        if all(is_done(spec) for spec in specs)
+    }
+    if not runs:
+        return {}
+    every = [run for part in runs.values() for run in part]
+    found = outcomes(every, min(common_budget(every), task.token_budget), ())
+    best: dict[str, dict[str, Any]] = {}
+    for arm in dict.fromkeys(arm for arm, _ in grid):
+        if any((arm, lr) not in runs for lr in task.learning_rates):
+            continue
+        scored = {lr: found[f"{arm} {lr!r}"] for lr in task.learning_rates}
+        final = {lr: statistics.fmean(outcome.final.values()) for lr, outcome in scored.items()}
+        area = {lr: statistics.fmean(outcome.area.values()) for lr, outcome in scored.items()}
+        rate = max(task.learning_rates, key=lambda lr: (final[lr], area[lr], -lr))
+        best[arm] = {"lr": rate, "final": {f"{lr:g}": round(value, 4) for lr, value in final.items()}}
+    return best
 
 
 def read_frozen(path: Path) -> Frozen:

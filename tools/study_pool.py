@@ -194,4 +194,5 @@ def run_commands(commands: Sequence[Sequence[str]], log_path: Path, deadline_s: 
             except subprocess.TimeoutExpired:
                 raise RuntimeError(f"{' '.join(command[1:4])} took over {deadline_s:.0f} s, see {log_path}") from None
             if done.returncode:
-                raise RuntimeError(f"{' '.join(command[1:4])} failed with code {done.returncode}, see {log_path}")
+                last = log_path.read_text(errors="replace").strip().rpartition("\n")[2]
+                raise RuntimeError(f"{' '.join(command[1:4])} failed: {last} (all of it in {log_path})")

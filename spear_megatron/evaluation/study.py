@@ -12,6 +12,8 @@ from spear_megatron.evaluation.student import Interval, mean_interval, paired_in
 Record = Sequence[Mapping[str, Any]]
 SUCCESS = "val/success_rate"
 TOKENS = "perf/response_tokens"
+MIN_SEEDS = 3
+"""Fewer seeds show no difference, whatever their interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +189,12 @@ def differences(
 
 
 def verdict(interval: Interval) -> str:
-    """What an interval of a difference shows: higher, lower, no difference shown, or too few seeds."""
-    if interval.num < 2:
-        return "one seed: no statement"
+    """What an interval of a difference shows: higher, lower, no difference shown, or too few seeds.
+
+    Two seeds can agree by chance, which gives an interval of no width: they show nothing.
+    """
+    if interval.num < MIN_SEEDS:
+        return "too few seeds"
     return {1: "higher", -1: "lower", 0: "no difference shown"}[interval.sign]
 
 

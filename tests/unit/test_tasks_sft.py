@@ -49,6 +49,47 @@ def test_cold_start_errors_come_at_the_rate_asked_for() -> None:
     assert sum(wrongs(cold_start_conversations(CONFIG, count=500, error_rate=1.0, seed=0))) == 500
 
 
+def made_calls(conversation: Conversation) -> list[str]:
+    turns = [message for message in conversation.messages if message.get("tool_calls")]
+    return [turn["tool_calls"][0]["function"]["arguments"]["code"] for turn in turns]
+
+
+def test_tool_rate_is_the_chance_of_each_next_call() -> None:
+    config = GeneratorConfig(levels=(7,), num_train=2000)
+    problems = generate_problems(config, "train")
+    conversations = cold_start_conversations(config, count=2000, error_rate=0.0, seed=0, tool_rate=0.5)
+    counts = [0] * 4
+    for problem, conversation in zip(problems, conversations, strict=True):
+        programs = made_calls(conversation)
+        counts[len(programs)] += 1
+        assert programs == [call.program for call in problem.calls()][: len(programs)]
+        boxed = problem.calls()[len(programs) - 1].printed if programs else problem.first_guess
+        assert conversation.messages[-1]["content"] == f"\\boxed{{{boxed}}}"
+        assert (boxed == problem.answer) == (len(programs) == 3), "who stops early is wrong"
+    expected = [1000, 500, 250, 250]
+    assert all(abs(count - mean) < 5 * mean**0.5 for count, mean in zip(counts, expected))
+
+
+def test_errors_of_chains_misread_one_operation_and_go_on_from_there() -> None:
+    config = GeneratorConfig(levels=(7,), num_train=300)
+    problems = generate_problems(config, "train")
+    positions = set()
+    for problem, conversation in zip(problems, cold_start_conversations(config, count=300, error_rate=1.0, seed=0)):
+        slips = [[call.program for call in problem.calls(slip)] for slip in range(3)]
+        assert made_calls(conversation) in slips
+        positions.add(slips.index(made_calls(conversation)))
+    assert positions == {0, 1, 2}
+
+
+def test_errors_do_not_depend_on_the_tool_rate() -> None:
+    always = cold_start_conversations(CONFIG, count=200, error_rate=0.5, seed=0)
+    often = cold_start_conversations(CONFIG, count=200, error_rate=0.5, seed=0, tool_rate=0.7)
+    kept = [(a, b) for a, b in zip(always, often) if made_calls(b)]
+    assert 100 < len(kept) < 180 and all(a == b for a, b in kept)
+    never = cold_start_conversations(CONFIG, count=50, error_rate=0.5, seed=0, tool_rate=0.0)
+    assert not any(made_calls(conversation) for conversation in never)
+
+
 def test_cold_start_follows_the_seed() -> None:
     def make(seed: int) -> list[Conversation]:
         return cold_start_conversations(CONFIG, count=50, error_rate=0.5, seed=seed)
@@ -61,6 +102,8 @@ def test_cold_start_refuses_what_cannot_be() -> None:
         cold_start_conversations(CONFIG, count=501, error_rate=0.0, seed=0)
     with pytest.raises(ValueError, match="error_rate"):
         cold_start_conversations(CONFIG, count=5, error_rate=1.5, seed=0)
+    with pytest.raises(ValueError, match="tool_rate"):
+        cold_start_conversations(CONFIG, count=5, error_rate=0.0, seed=0, tool_rate=-0.1)
 
 
 def test_examples_learn_the_call_and_the_answer_only() -> None:
