@@ -6,6 +6,7 @@ The prompt is rebuilt at every step from what is known, so every step is a segme
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from spear_megatron.environments.protocol import Observation, StepResult, Turn
 from spear_megatron.types import Prompt, RewardParts, Trajectory
@@ -33,7 +34,7 @@ class GuessEnvironment:
             return self._next(failed=True)
         guess = int(found[1])
         if guess == self._secret:
-            return StepResult(done=True, reward=1.0, num_tool_calls=1)
+            return StepResult(done=True, reward=1.0, num_tool_calls=1, success=True)
         if guess < self._secret:
             self._low = max(self._low, guess + 1)
         else:
@@ -44,10 +45,11 @@ class GuessEnvironment:
         """Nothing to free."""
 
     def _next(self, *, failed: bool) -> StepResult:
-        calls, failures = int(not failed), int(failed)
+        bad = int(failed)
+        result = StepResult(num_tool_calls=1 - bad, num_tool_failures=bad, num_invalid_actions=bad)
         if self._num_guesses == self._max_guesses:
-            return StepResult(done=True, void=failed, num_tool_calls=calls, num_tool_failures=failures)
-        return StepResult(observation=self._observation(), num_tool_calls=calls, num_tool_failures=failures)
+            return replace(result, done=True, void=failed)
+        return replace(result, observation=self._observation())
 
     def _observation(self) -> Observation:
         left = self._max_guesses - self._num_guesses
@@ -67,10 +69,9 @@ class GuessReward:
         self._cost = cost
 
     async def __call__(self, prompt: Prompt, trajectory: Trajectory) -> RewardParts:
-        found = trajectory.reward.outcome > 0  # what the environment itself gave
+        found = trajectory.reward.success  # the environment's own verdict
         return RewardParts(
             outcome=1.0 if found else 0.0,
-            num_tool_calls=trajectory.num_tool_calls,
             penalty=-self._cost * max(0, trajectory.num_turns - 1) if found else 0.0,
             success=found,
         )

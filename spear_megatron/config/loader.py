@@ -221,7 +221,12 @@ def _has_interpolation(value: Any) -> bool:
 
 
 def _overlay(under: Any, over: Any) -> Any:
-    """Mappings merge key by key; anything else replaces what was there."""
+    """Mappings merge key by key; anything else replaces what was there.
+
+    A section that names another class by ``name`` starts without the arguments (``kwargs``) of the one before.
+    """
     if not isinstance(under, Mapping) or not isinstance(over, Mapping):
         return over
+    if "kwargs" in under and "name" in over and over["name"] != under.get("name"):
+        under = {**under, "kwargs": {}}
     return {**under, **{key: _overlay(under.get(key), value) for key, value in over.items()}}

@@ -202,6 +202,11 @@ class _Episode:
                 f"engine: request {request.request_id} has {len(result.output_ids)} tokens "
                 f"but {len(result.policy_versions)} policy versions"
             )
+        if len(result.policy_versions) not in (0, len(result.output_ids)):
+            raise _InfrastructureError(
+                f"engine: request {request.request_id} has {len(result.output_ids)} tokens "
+                f"but {len(result.policy_versions)} policy versions"
+            )
         self._versions.extend(result.policy_versions)
         return result
 
@@ -209,9 +214,10 @@ class _Episode:
         self._num_tool_calls += step.num_tool_calls
         self._num_tool_failures += step.num_tool_failures
         self._num_tool_turns += step.num_tool_calls > 0
-        self._environment_reward += float(step.reward)
-        self._success = bool(step.success)
-        segment.reward += float(step.reward)
+        reward = _finite(step.reward)
+        self._environment_reward += reward
+        self._success = bool(step.done and step.success)
+        segment.reward += reward
         segment.num_invalid_actions += int(step.num_invalid_actions)
         if step.error is not None:
             raise _InfrastructureError(step.error)
@@ -262,6 +268,7 @@ class _SegmentBuilder:
         self._mask = [False] * len(self.ids)
         self._log_probs = [0.0] * len(self.ids)
         self._versions = [-1] * len(self.ids)
+        self._versions_known = True
         self._prompt_length = len(self.ids)
         self._observation_key = observation_key
         self.reward = 0.0
@@ -273,8 +280,10 @@ class _SegmentBuilder:
         return len(self.ids) - self._prompt_length
 
     def append_sampled(self, result: GenerateResult) -> None:
-        unknown = [-1] * len(result.output_ids)
-        self._append(result.output_ids, True, result.log_probs, result.policy_versions or unknown)
+        known = len(result.policy_versions) == len(result.output_ids)
+        self._versions_known &= known
+        versions = result.policy_versions if known else [-1] * len(result.output_ids)
+        self._append(result.output_ids, True, result.log_probs, versions)
 
     def append_inserted(self, ids: Sequence[int]) -> None:
         self._append(ids, False, [0.0] * len(ids), [-1] * len(ids))
@@ -293,7 +302,7 @@ class _SegmentBuilder:
             response_mask=torch.tensor(self._mask, dtype=torch.bool),
             rollout_log_probs=torch.tensor(self._log_probs, dtype=torch.float32),
             observation_key=self._observation_key,
-            policy_versions=torch.tensor(self._versions, dtype=torch.int32),
+            policy_versions=torch.tensor(self._versions, dtype=torch.int32) if self._versions_known else None,
             reward=self.reward,
             num_invalid_actions=self.num_invalid_actions,
         )
@@ -353,6 +362,17 @@ def _plain(parts: RewardParts, trajectory: Trajectory) -> RewardParts:
     if not (math.isfinite(plain.outcome) and math.isfinite(plain.penalty)):
         raise _InfrastructureError(f"reward: outcome {plain.outcome} and penalty {plain.penalty} must be finite")
     return plain
+
+
+def _finite(reward: Any) -> float:
+    """An environment's reward of one turn as a Python number."""
+    try:
+        value = float(reward)
+    except (TypeError, ValueError) as error:
+        raise _InfrastructureError(f"environment step: reward must be a number, got {reward!r}") from error
+    if not math.isfinite(value):
+        raise _InfrastructureError(f"environment step: reward must be finite, got {value}")
+    return value
 
 
 async def _close(environment: Environment, trajectory_id: TrajectoryId) -> None:

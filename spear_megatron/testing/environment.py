@@ -127,6 +127,10 @@ def _check_step(result: Any, what: str) -> None:
     require(result.done or not result.void, f"{what}: void goes with done")
     require(isinstance(result.success, bool), f"{what}: success must be true or false, got {result.success!r}")
     require(result.done or not result.success, f"{what}: success goes with done")
+    require(
+        not (result.num_tool_calls and result.num_invalid_actions),
+        f"{what}: a turn of which a call was run is not an invalid action",
+    )
     require(not (result.success and result.void), f"{what}: success and void exclude each other")
     _check_messages(result.messages, ("tool", "user"), what)
     if result.observation is not None:

@@ -109,5 +109,6 @@ def _check_parts(parts: object, what: str) -> None:
         value = getattr(parts, key)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         require(number and math.isfinite(value), f"the {key} of {what} must be a finite number, got {value!r}")
-    require_int(parts.num_tool_calls, f"the num_tool_calls of {what}")
+    for key in ("num_tool_calls", "num_tool_turns", "num_invalid_actions"):
+        require_int(getattr(parts, key), f"the {key} of {what}")
     require(isinstance(parts.success, bool), f"the success of {what} must be a bool, got {parts.success!r}")

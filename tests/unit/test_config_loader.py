@@ -10,6 +10,7 @@ import pytest
 
 from spear_megatron.config.describe import field_table, flatten, to_yaml
 from spear_megatron.config.loader import load, nearest_key, valid_keys
+from spear_megatron.config.schema import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,14 @@ def test_of_several_bases_the_later_wins(tmp_path: Path) -> None:
     leaf = write(tmp_path, "leaf.yaml", "base: [one.yaml, two.yaml]\n")
     actor = load(Root, leaf).actor
     assert actor.steps == 3 and actor.use_kl
+
+
+def test_another_name_drops_the_arguments_of_the_one_before(tmp_path: Path) -> None:
+    base = write(tmp_path, "base.yaml", "reward: {name: math, kwargs: {correct: 1.0, wrong: -1.0}}\n")
+    leaf = write(tmp_path, "leaf.yaml", "base: base.yaml\nreward: {name: 'mine:Reward'}\n")
+    assert load(Config, leaf).reward.kwargs == {}
+    assert load(Config, base, ["reward.kwargs.wrong=0.0"]).reward.kwargs == {"correct": 1.0, "wrong": 0.0}
+    assert load(Config, base, ["reward.name=math"]).reward.kwargs == {"correct": 1.0, "wrong": -1.0}
 
 
 def test_base_is_relative_to_the_file_and_child_wins(tmp_path: Path) -> None:

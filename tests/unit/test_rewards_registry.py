@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 from spear_megatron.environments.code_interpreter import CodeInterpreterEnvironment
 from spear_megatron.environments.config import EnvironmentConfig
 from spear_megatron.environments.registry import environment_factory, needs_sandbox
 from spear_megatron.environments.sandbox.protocol import ExecutionResult, ExecutionStatus
+from spear_megatron.rewards.environment import EnvironmentReward
 from spear_megatron.rewards.math import MathReward
 from spear_megatron.rewards.registry import RewardConfig, build_reward
+from spear_megatron.testing import check_reward
+from spear_megatron.types import Prompt, RewardParts, StopReason, Trajectory, TrajectoryId
 
 
 class EchoEnvironment:
@@ -39,10 +43,22 @@ NOT_CALLABLE = 3
 
 def test_builtin_names() -> None:
     assert isinstance(build_reward(RewardConfig(kwargs={"wrong": -1.0})), MathReward)
+    assert isinstance(build_reward(RewardConfig(name="environment")), EnvironmentReward)
     assert needs_sandbox(EnvironmentConfig())
     factory = environment_factory(EnvironmentConfig(kwargs={"max_calls_per_turn": 1}), Sandbox())
     first, second = factory(), factory()
     assert isinstance(first, CodeInterpreterEnvironment) and first is not second
+
+
+def test_the_environment_s_own_score_is_scaled_and_otherwise_passed_on() -> None:
+    parts = RewardParts(0.5, num_tool_calls=3, success=True, num_tool_turns=2, num_invalid_actions=1)
+    trajectory = Trajectory(TrajectoryId(1, 0, 0), (), parts, StopReason.ANSWER, 0)
+    reward = build_reward(RewardConfig(name="environment", kwargs={"scale": 10.0}))
+    assert asyncio.run(reward(Prompt("p", ()), trajectory)) == dataclasses.replace(parts, outcome=5.0)
+    check_reward(EnvironmentReward(), Prompt("p", ()))
+    for scale in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="reward.kwargs.scale must be a positive"):
+            EnvironmentReward(scale=scale)
 
 
 def test_names_of_the_user() -> None:
@@ -56,7 +72,7 @@ def test_names_of_the_user() -> None:
     ("name", "kwargs", "message"),
     [
         ("mth", {}, "reward.name 'mth' is not known: did you mean 'math'?"),
-        ("zzzzzz", {}, "use one of math or 'module:attribute'"),
+        ("zzzzzz", {}, "use one of math, environment or 'module:attribute'"),
         ("nowhere_at_all:Thing", {}, "cannot import 'nowhere_at_all'"),
         (f"{HERE}:Missing", {}, "has no attribute 'Missing'"),
         (f"{HERE}:NOT_CALLABLE", {}, "must be a class or a function"),

@@ -100,6 +100,7 @@ STEPS = {
     "messages must be a tuple": StepResult(messages=[{"role": "tool", "content": ""}]),  # type: ignore[arg-type]
     "num_tool_calls must be an integer": StepResult(done=True, num_tool_calls=1.5),  # type: ignore[arg-type]
     "reward must be a finite number": StepResult(done=True, reward=float("nan")),
+    "is not an invalid action": StepResult(done=True, num_tool_calls=1, num_invalid_actions=1),
     "void goes with done": StepResult(messages=({"role": "tool", "content": ""},), void=True),
     "must be JSON": StepResult(messages=({"role": "tool", "content": "\ud800"},)),
 }
@@ -172,6 +173,8 @@ PARTS = {
     "penalty of .* must be a finite number": RewardParts(0.0, penalty="x"),  # type: ignore[arg-type]
     "success of .* must be a bool": RewardParts(0.0, success=1),  # type: ignore[arg-type]
     "num_tool_calls of .* must be an integer": RewardParts(0.0, num_tool_calls=-1),
+    "num_tool_turns of .* must be an integer": RewardParts(0.0, num_tool_turns=0.5),  # type: ignore[arg-type]
+    "num_invalid_actions of .* must be an integer": RewardParts(0.0, num_invalid_actions=-1),
     "good example 0 has success=False": RewardParts(1.0),
     "bad example 0 has success=True": RewardParts(1.0, success=True),
 }

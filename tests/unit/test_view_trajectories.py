@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from spear_megatron.__main__ import main
 from spear_megatron.observability import view
 from spear_megatron.observability.trajectories import (
     TrajectoryStore,
+    decode_line,
+    encode,
     evenly_spaced,
     read_trajectories,
     recorded_steps,
@@ -23,7 +26,10 @@ from spear_megatron.types import Group, Prompt, RewardParts, Segment, StopReason
 
 
 CALL = {"function": {"name": "run", "arguments": {"code": "f(1)"}}}
-FIELDS = ("id", "reward", "stop_reason", "policy_version", "num_turns", "num_tool_calls", "messages", "error")
+FIELDS = (
+    "id", "reward", "stop_reason", "policy_version", "num_turns", "num_tool_calls", "num_tool_failures",
+    "num_tool_turns", "messages", "error",
+)  # fmt: skip
 
 
 def decode(ids: Any) -> str:
@@ -41,13 +47,23 @@ def make(step: int, task: int, sample: int, success: bool, text: str = "ok") -> 
     )
     return Trajectory(
         id=TrajectoryId(step, task, sample),
-        segments=(Segment(torch.arange(1, 7, dtype=torch.int32), mask, torch.randn(6, generator=generator) * mask),),
-        reward=RewardParts(outcome=float(success), num_tool_calls=2, penalty=-0.5, success=success),
+        segments=(
+            Segment(
+                torch.arange(1, 7, dtype=torch.int32), mask, torch.randn(6, generator=generator) * mask,
+                policy_versions=torch.tensor([-1, -1, 3, 3, -1, 4], dtype=torch.int32) if sample else None,
+                reward=0.1 * sample, num_invalid_actions=sample,
+            ),
+        ),
+        reward=RewardParts(
+            outcome=float(success), num_tool_calls=2, penalty=-0.5, success=success, num_tool_turns=1,
+            num_invalid_actions=3,
+        ),
         stop_reason=StopReason.ANSWER,
         policy_version=step,
         num_turns=2,
         num_tool_calls=2,
         num_tool_failures=1,
+        num_tool_turns=2,
         messages=messages,
     )
 
@@ -82,12 +98,31 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
         for name in ("ids", "response_mask", "rollout_log_probs"):
             assert torch.equal(getattr(segment, name), getattr(wanted, name)), name
             assert getattr(segment, name).dtype == getattr(wanted, name).dtype
+        assert (segment.reward, segment.num_invalid_actions) == (wanted.reward, wanted.num_invalid_actions)
+        if wanted.policy_versions is None:
+            assert segment.policy_versions is None
+        else:
+            assert segment.policy_versions is not None and segment.policy_versions.dtype == torch.int32
+            assert torch.equal(segment.policy_versions, wanted.policy_versions)
     assert [(span.text, span.trained, span.num_tokens) for span in first.spans[0]] == [
         ("ab", False, 2),
         ("cd", True, 2),
         ("e", False, 1),
         ("f", True, 1),
     ]
+
+
+def test_lines_without_the_fields_of_step_wise_agents_still_load() -> None:
+    original = make(4, 0, 1, True)
+    line = encode(original, Prompt("task", ()), 1.0, decode)
+    for name in ("num_tool_turns", "num_invalid_actions"):
+        line["reward_parts"].pop(name)
+    line.pop("num_tool_turns")
+    for name in ("policy_versions", "reward", "num_invalid_actions"):
+        line["segments"][0].pop(name)
+    read = decode_line(json.loads(json.dumps(line))).trajectory
+    assert read.reward == RewardParts(1.0, num_tool_calls=2, penalty=-0.5, success=True)
+    assert read.num_tool_turns == 0 and read.segments[0].policy_versions is None and read.segments[0].reward == 0.0
 
 
 def test_at_most_so_many_are_kept_with_best_and_worst(tmp_path: Path) -> None:
