@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: setup quickstart test test-fast layouts kill-demo bench docs clean
+.PHONY: setup quickstart test test-fast layouts kill-demo bench study docs clean
 
 setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
 
@@ -35,6 +35,11 @@ bench: setup  ## every benchmark of the README, one after the other
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_trainer.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_kernels.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_sandbox.py
+
+study: setup  ## comparison of the methods over seeds: tuned, run, reported in docs/study.md (hours)
+	$(BIN)/python tools/study.py --tune
+	$(BIN)/python tools/study.py
+	$(BIN)/python tools/study.py --sweep
 
 docs: setup  ## regenerate the generated pages under docs/
 	$(BIN)/python tools/reference_pages.py
