@@ -101,6 +101,10 @@ STEPS = {
     "num_tool_calls must be an integer": StepResult(done=True, num_tool_calls=1.5),  # type: ignore[arg-type]
     "reward must be a finite number": StepResult(done=True, reward=float("nan")),
     "void goes with done": StepResult(messages=({"role": "tool", "content": ""},), void=True),
+    "success goes with done": StepResult(messages=({"role": "tool", "content": ""},), success=True),
+    "success must be true or false": StepResult(done=True, success=1),  # type: ignore[arg-type]
+    "success and void exclude each other": StepResult(done=True, success=True, void=True),
+    "num_invalid_actions must be an integer": StepResult(done=True, num_invalid_actions=-1),
     "must be JSON": StepResult(messages=({"role": "tool", "content": "\ud800"},)),
 }
 

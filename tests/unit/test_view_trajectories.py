@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from spear_megatron.__main__ import main
 from spear_megatron.observability import view
 from spear_megatron.observability.trajectories import (
     TrajectoryStore,
+    decode_line,
+    encode,
     evenly_spaced,
     read_trajectories,
     recorded_steps,
@@ -88,6 +91,36 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
         ("e", False, 1),
         ("f", True, 1),
     ]
+
+
+def test_step_wise_figures_survive_and_may_be_missing(tmp_path: Path) -> None:
+    (group,) = groups(4, tasks=1)
+    (segment,) = group.trajectories[0].segments
+    versions = torch.tensor([-1, -1, 3, 4, -1, 5], dtype=torch.int32)
+    first = dataclasses.replace(
+        segment, observation_key="hall", policy_versions=versions, reward=0.25, num_invalid_actions=2
+    )
+    parts = RewardParts(outcome=0.25, success=True, num_tool_turns=3, num_invalid_actions=2)
+    written = dataclasses.replace(group.trajectories[0], segments=(first, segment), reward=parts, num_tool_turns=3)
+    TrajectoryStore(tmp_path, 8, decode).write(4, [Group(group.prompt, (written,))], {})
+    (kept,) = read_trajectories(tmp_path, 4)
+    assert kept.trajectory.num_tool_turns == 3 and kept.trajectory.reward == parts
+    own, plain = kept.trajectory.segments
+    assert (own.observation_key, own.reward, own.num_invalid_actions) == ("hall", 0.25, 2)
+    assert own.policy_versions is not None and torch.equal(own.policy_versions, versions)
+    assert own.policy_versions.dtype == torch.int32 and plain.policy_versions is None
+
+    line = encode(written, group.prompt, 0.0, decode)  # as files from before these figures were kept look
+    del line["num_tool_turns"]
+    for part in line["segments"]:
+        for name in ("policy_versions", "reward", "num_invalid_actions"):
+            del part[name]
+    for name in ("num_tool_turns", "num_invalid_actions"):
+        del line["reward_parts"][name]
+    old = decode_line(line).trajectory
+    assert (old.num_tool_turns, old.reward.num_tool_turns, old.reward.num_invalid_actions) == (0, 0, 0)
+    assert all(part.policy_versions is None for part in old.segments)
+    assert [(part.reward, part.num_invalid_actions) for part in old.segments] == [(0.0, 0)] * 2
 
 
 def test_at_most_so_many_are_kept_with_best_and_worst(tmp_path: Path) -> None:
