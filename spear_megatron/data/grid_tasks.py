@@ -1,8 +1,8 @@
 """Tasks and demonstrations of the built-in grid world, written as JSON lines.
 
-``python -m spear_megatron.data.grid_tasks OUT --num 400 --num-val 100 --size 5`` writes ``train.jsonl`` and
-``val.jsonl``: rows of id, problem, answer (the least number of steps) and map, no map twice. With ``--demonstrations N``
-it also writes ``demonstrations.jsonl``, conversations for ``sft.train_files``.
+``python -m spear_megatron.data.grid_tasks OUT --num 400 --num-val 100 --size 4`` writes ``train.jsonl`` and
+``val.jsonl``: rows of id, problem, answer (the least number of steps) and map, no map twice. ``--demonstrations N``
+also writes ``demonstrations.jsonl``, conversations for ``sft.train_files``.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ class GridTask:
     num_steps: int
 
 
-def draw_tasks(count: int, *, seed: int, size: int, num_obstacles: int = 2, min_steps: int = 1) -> list[GridTask]:
+def draw_tasks(
+    count: int, *, seed: int, size: int, num_obstacles: int = 2, min_steps: int = 1, max_steps: int = 100
+) -> list[GridTask]:
     """``count`` different maps of ``size`` x ``size`` cells: two rooms, a wall with a door between them, obstacles.
 
-    Start and key lie in one room, the goal in the other. Equal arguments give equal maps, and fewer maps are the first
-    of more.
+    Start and key lie in one room, the goal in the other; the shortest way takes ``min_steps`` to ``max_steps`` steps.
+    Equal arguments give equal maps, and fewer maps are the first of more.
 
     Raises:
         ValueError: a size outside 3..10, or so many different maps of that kind were not found.
@@ -50,11 +52,12 @@ def draw_tasks(count: int, *, seed: int, size: int, num_obstacles: int = 2, min_
     while len(tasks) < count:
         rows = _draw_map(rng, size, num_obstacles)
         num_steps = _solution_length(rows)
-        if rows in seen or num_steps is None or num_steps < min_steps:
+        if rows in seen or num_steps is None or not min_steps <= num_steps <= max_steps:
             failures += 1
             if failures > _ATTEMPTS:
                 raise ValueError(
-                    f"found {len(tasks)} of {count} maps: lower --num, --obstacles or --min-steps, or raise --size"
+                    f"found {len(tasks)} of {count} maps: lower --num, --obstacles or --min-steps, "
+                    "or raise --size or --max-steps"
                 )
             continue
         failures = 0
@@ -133,15 +136,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the files that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m spear_megatron.data.grid_tasks", description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the files")
-    parser.add_argument("--num", type=int, default=2000, help="training maps")
+    parser.add_argument("--num", type=int, default=4000, help="training maps")
     parser.add_argument("--num-val", type=int, default=100, help="held-out maps")
     parser.add_argument("--seed", type=int, default=0, help="keys the maps and the demonstrator")
-    parser.add_argument("--size", type=int, default=5, help="cells per side")
+    parser.add_argument("--size", type=int, default=4, help="cells per side")
     parser.add_argument("--obstacles", type=int, default=2, help="single walls in the rooms")
     parser.add_argument("--min-steps", type=int, default=8, help="leave out maps that take fewer steps")
     parser.add_argument("--demonstrations", type=int, default=0, help="episodes, on the first training maps")
-    parser.add_argument("--skill", type=float, default=0.4, help="share of steps on a shortest way")
-    parser.add_argument("--max-steps", type=int, default=20, help="steps of a demonstration (env.kwargs.max_steps)")
+    parser.add_argument("--skill", type=float, default=0.2, help="share of steps on a shortest way")
+    parser.add_argument("--max-steps", type=int, default=16, help="of tasks and demonstrations: env.kwargs.max_steps")
     parser.add_argument("--history", type=int, default=2, help="steps that a prompt shows (env.kwargs.history)")
     args = parser.parse_args(argv)
     try:
@@ -159,7 +162,8 @@ def write_files(args: argparse.Namespace) -> dict[Path, int]:
         raise ValueError("--num must be at least 1, --num-val at least 0 and --demonstrations at most --num")
     tasks = draw_tasks(
         args.num + args.num_val,
-        seed=args.seed, size=args.size, num_obstacles=args.obstacles, min_steps=args.min_steps,
+        seed=args.seed, size=args.size, num_obstacles=args.obstacles,
+        min_steps=args.min_steps, max_steps=args.max_steps,
     )  # fmt: skip
     train = tasks[: args.num]
     files: dict[str, list[Any]] = {"train": [_row(task) for task in train]}

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spear_megatron.algorithms.moments import deviations
 from spear_megatron.algorithms.recalibration import GroupStatistics, percentile, recalibrated_advantage
 from spear_megatron.parallel.seeds import derive_key
 from spear_megatron.replay.config import ReplayConfig
@@ -163,7 +164,8 @@ def _baseline(
         return percentile([part.mean(mu) for part in baseline], 50), percentile([part.std(mu) for part in baseline], 50)
     if not entries:
         return None, None
-    return math.fsum(entry.reward(mu) for entry in entries) / len(entries), 0.0
+    rewards = [entry.reward(mu) for entry in entries]
+    return math.fsum(rewards) / len(rewards), deviations(rewards)[1]
 
 
 def _judged(

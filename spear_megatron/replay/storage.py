@@ -154,7 +154,8 @@ class SegmentWriter:
         """Close the open file; what was appended since the last :meth:`sync` may be lost."""
         if self._stream is not None:
             stream, self._stream, self._open = self._stream, None, None
-            stream.close()
+            with contextlib.suppress(OSError):  # appends flush: what is left is of a write that failed and said so
+                stream.close()
 
     def _begin(self) -> None:
         """Seal the open file and create the next one."""

@@ -164,7 +164,9 @@ class RunFrame:
         actor.optimizer.follow_configuration()
         self.progress = Progress(**loaded.states["progress"])
         self.parts.prompts.load_state_dict(loaded.states["prompt_source"])
-        if self.parts.imitation is not None and "replay" in loaded.states:
+        if self.parts.imitation is not None and "replay" not in loaded.states:
+            self._notes.append(f"the checkpoint of step {loaded.step} has no replay buffer: it starts empty")
+        elif self.parts.imitation is not None:
             counts = self.parts.imitation.buffer.restore(loaded.states["replay"], loaded.manifest.external)
             if counts["temperature"]:
                 self._notes.append(

@@ -17,12 +17,12 @@ from spear_megatron.data.exchange import TensorRecord, exchange
 from spear_megatron.data.files import FileEntry
 from spear_megatron.data.packing import row_key
 from spear_megatron.observability.lineage import Pushed, StepLineage, Used
-from spear_megatron.parallel.agreement import gather_objects
+from spear_megatron.parallel.agreement import agree_ok, gather_objects
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.replay.buffer import PushPlan, ReplayBuffer
 from spear_megatron.replay.decisions import ReplaySelection
 from spear_megatron.replay.entries import ReplayEntry
-from spear_megatron.replay.payload import BYTES_PER_TOKEN, make_payload, replay_rows
+from spear_megatron.replay.payload import BYTES_PER_TOKEN, make_payload, payload_id, replay_rows
 from spear_megatron.rollout.collect import Collected
 from spear_megatron.trainer.objective import merge_used
 from spear_megatron.trainer.scoring import Scores
@@ -128,6 +128,10 @@ class Imitation:
         own = self.buffer.payloads(owner_of.keys())
         payloads = [(owner_of[key], record) for key, record in own.items()]
         records = exchange(payloads, self.parallel, phase="replay rows", timeout_s=timeout_s)
+        expected = {key for key, owner in owner_of.items() if owner == self.parallel.dp_rank}
+        missing = expected - {payload_id(record) for record in records}
+        lost = f"no rank holds the replayed trajectories {sorted(map(str, missing))}" if missing else None
+        agree_ok(self.parallel, "replay rows", lost)
         self._evicted += self.buffer.clear_after_use()
         rows = [
             row
@@ -144,6 +148,7 @@ class Imitation:
         Args:
             rows: this data-parallel rank's rows of the step, with ``old_log_probs``.
         """
+        self._expired += self.buffer.expire(step)
         self._plan = self.buffer.plan_push(self._candidates(collected, scores))
         owners = {entry.id: entry.shard for entry in self._plan.accepted}
         old_log_probs = self._bring_home(rows, owners, timeout_s)

@@ -66,13 +66,6 @@ def test_versions_are_kept_per_token_and_minus_one_elsewhere() -> None:
     assert trajectory.policy_version == 4
 
 
-def test_unknown_versions_are_minus_one() -> None:
-    engine = ScriptedEngine([])
-    engine.script = [lambda request: dataclasses.replace(engine.say(request, ANSWER), policy_versions=())]
-    (segment,) = play([], engine=engine).segments
-    assert segment.policy_versions is not None and segment.policy_versions.tolist() == [-1] * len(segment.ids)
-
-
 def test_versions_of_another_length_are_an_engine_failure() -> None:
     engine = ScriptedEngine([])
     engine.script = [lambda request: dataclasses.replace(engine.say(request, ANSWER), policy_versions=(1,))]

@@ -8,7 +8,8 @@ import dataclasses
 import pytest
 from spear_megatron.environments.code_interpreter import CodeInterpreterEnvironment
 from spear_megatron.environments.config import EnvironmentConfig
-from spear_megatron.environments.registry import environment_factory, needs_sandbox
+from spear_megatron.environments.grid_world import GridWorldEnvironment
+from spear_megatron.environments.registry import environment_factory, needs_sandbox, opening_of
 from spear_megatron.environments.sandbox.protocol import ExecutionResult, ExecutionStatus
 from spear_megatron.rewards.environment import EnvironmentReward
 from spear_megatron.rewards.math import MathReward
@@ -48,6 +49,10 @@ def test_builtin_names() -> None:
     factory = environment_factory(EnvironmentConfig(kwargs={"max_calls_per_turn": 1}), Sandbox())
     first, second = factory(), factory()
     assert isinstance(first, CodeInterpreterEnvironment) and first is not second
+    assert isinstance(build_reward(RewardConfig(name="environment", kwargs={"scale": 2.0})), EnvironmentReward)
+    grid = EnvironmentConfig(name="grid_world", kwargs={"max_steps": 3})
+    assert not needs_sandbox(grid) and isinstance(environment_factory(grid)(), GridWorldEnvironment)
+    assert opening_of(grid) is GridWorldEnvironment.opening
 
 
 def test_the_environment_s_own_score_is_scaled_and_otherwise_passed_on() -> None:
@@ -76,6 +81,8 @@ def test_names_of_the_user() -> None:
         ("nowhere_at_all:Thing", {}, "cannot import 'nowhere_at_all'"),
         (f"{HERE}:Missing", {}, "has no attribute 'Missing'"),
         (f"{HERE}:NOT_CALLABLE", {}, "must be a class or a function"),
+        ("environmnt", {}, "reward.name 'environmnt' is not known: did you mean 'environment'?"),
+        ("environment", {"scale": 0}, "reward.kwargs.scale must be a positive number"),
         ("math", {"corect": 1}, "reward.kwargs do not fit MathReward.*corect"),
         (f"{HERE}:Nested.Reward", {}, "reward.kwargs do not fit Nested.Reward.*scale"),
         (f"{HERE}:EchoEnvironment", {}, "makes a EchoEnvironment, which cannot be called"),

@@ -102,6 +102,10 @@ STEPS = {
     "reward must be a finite number": StepResult(done=True, reward=float("nan")),
     "is not an invalid action": StepResult(done=True, num_tool_calls=1, num_invalid_actions=1),
     "void goes with done": StepResult(messages=({"role": "tool", "content": ""},), void=True),
+    "success goes with done": StepResult(messages=({"role": "tool", "content": ""},), success=True),
+    "success must be true or false": StepResult(done=True, success=1),  # type: ignore[arg-type]
+    "success and void exclude each other": StepResult(done=True, success=True, void=True),
+    "num_invalid_actions must be an integer": StepResult(done=True, num_invalid_actions=-1),
     "must be JSON": StepResult(messages=({"role": "tool", "content": "\ud800"},)),
 }
 
