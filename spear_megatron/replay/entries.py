@@ -20,7 +20,7 @@ class ReplayEntry:
         stored_reward: base + mu * bonus at the coefficient of its step, as the baseline of that step has it.
         advantage: in its group when it was pushed.
         num_tokens: of all segments, prompts included. num_sampled: of them sampled by the policy.
-        num_bytes: of the payload.
+        num_bytes: of the payload, but for the length of its observation keys.
         temperature: of sampling; its log-probs mean something at this one alone.
     """
 

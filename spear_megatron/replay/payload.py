@@ -11,6 +11,8 @@ from spear_megatron.types import Row, Trajectory, TrajectoryId
 
 BYTES_PER_TOKEN = 4 + 1 + 4 + 4 + 4
 """ids, response mask, two log-probs, policy version."""
+BYTES_PER_RECORD = 600
+"""Header, digest, names and fields of one record, about."""
 
 
 def make_payload(

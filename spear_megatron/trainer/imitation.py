@@ -22,7 +22,7 @@ from spear_megatron.parallel.state import ParallelState
 from spear_megatron.replay.buffer import PushPlan, ReplayBuffer
 from spear_megatron.replay.decisions import ReplaySelection
 from spear_megatron.replay.entries import ReplayEntry
-from spear_megatron.replay.payload import BYTES_PER_TOKEN, make_payload, payload_id, replay_rows
+from spear_megatron.replay.payload import BYTES_PER_RECORD, BYTES_PER_TOKEN, make_payload, payload_id, replay_rows
 from spear_megatron.rollout.collect import Collected
 from spear_megatron.trainer.objective import merge_used
 from spear_megatron.trainer.scoring import Scores
@@ -187,7 +187,7 @@ class Imitation:
                     advantage=scores.advantages[row.id],
                     num_tokens=tokens,
                     num_sampled=sum(row.sampled_lengths),
-                    num_bytes=BYTES_PER_TOKEN * tokens,
+                    num_bytes=BYTES_PER_TOKEN * tokens + BYTES_PER_RECORD,
                     temperature=self.temperature,
                 )
             )

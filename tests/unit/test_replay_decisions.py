@@ -208,7 +208,8 @@ def reference(items: list[ReplayEntry], groups: list[Any], rule: ReplayRules, st
         stds.append(statistics.stdev(rewards) if len(rewards) > 1 else 0.0)
     rewards = {item.id: item.stored_reward if stored else item.base + mu * item.bonus for item in items}
     p50 = statistics.median(means) if means else (statistics.fmean(rewards.values()) if rewards else None)
-    scale = (statistics.median(stds) if stds else 0.0) + 1e-6 if rule.norm_by_std else 1.0
+    alone = statistics.stdev(rewards.values()) if len(rewards) > 1 else 0.0
+    scale = (statistics.median(stds) if stds else alone) + 1e-6 if rule.norm_by_std else 1.0
     if 0 < rule.weight_decay <= 1:
         judged = {item.id: rule.weight_decay * item.advantage for item in items}
         good = list(judged)
