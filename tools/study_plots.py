@@ -76,7 +76,7 @@ def save_mechanism_figure(runs: Sequence[Run], titles: Mapping[str, str], path: 
     for ax in axes[len(panels) :]:
         ax.remove()
     if panels:
-        axes[0].legend(fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(f"{title}: mean over seeds")
     _save(figure, path)
 
