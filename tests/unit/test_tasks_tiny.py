@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from spear_megatron.data.tiny import SPECIAL_TOKENS, TAG_TOKENS, build_tokenizer, make_tiny_model
+from spear_megatron.data.tiny import SPECIAL_TOKENS, TAG_TOKENS, build_tokenizer, conversation_texts, main, make_tiny_model
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -59,3 +60,19 @@ def test_tokenizer_keeps_text_and_splits_like_qwen() -> None:
 def test_vocabulary_has_room_for_all_bytes() -> None:
     with pytest.raises(ValueError, match="max_vocab_size must be at least 265"):
         build_tokenizer(seed=0, max_vocab_size=264)
+
+
+def test_command_trains_the_tokenizer_on_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer
+
+    rows = [{"messages": [{"role": "user", "content": "zebra quagga"}, {"role": "assistant", "content": "okapi"}]}] * 9
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert conversation_texts(path) == ["zebra quagga", "okapi"] * 9
+    assert main([str(tmp_path / "model"), "--vocabulary", "300", "--conversations", str(path)]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert len(tokenizer.encode("okapi")) == 1 and len(tokenizer.encode("What is 1 + 2?")) > 8
+    path.write_text('{"messages": "zebra"}\n', encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "other"), "--conversations", str(path)])
+    assert "texts.jsonl:1: 'messages' must be a list" in capsys.readouterr().err
