@@ -107,9 +107,8 @@ def _episode(
 def _draw_map(rng: Random, size: int, num_obstacles: int) -> tuple[str, ...]:
     """Two rooms side by side or one above the other, everything in them placed at random."""
     middle, gap = rng.randrange(1, size - 1), rng.randrange(size)
-    near, far = [(y, x) for y in range(size) for x in range(middle)], [
-        (y, x) for y in range(size) for x in range(middle + 1, size)
-    ]
+    near = [(y, x) for y in range(size) for x in range(middle)]
+    far = [(y, x) for y in range(size) for x in range(middle + 1, size)]
     if rng.random() < 0.5:
         near, far = far, near
     marks = dict.fromkeys(((y, middle) for y in range(size)), "#")

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from spear_megatron.data.tiny import SPECIAL_TOKENS, TAG_TOKENS, build_tokenizer, conversation_texts, main, make_tiny_model
+from spear_megatron.data.tiny import (
+    SPECIAL_TOKENS,
+    TAG_TOKENS,
+    build_tokenizer,
+    conversation_texts,
+    main,
+    make_tiny_model,
+)
 
 
 def hashes(folder: Path) -> dict[str, str]:
