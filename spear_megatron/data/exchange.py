@@ -21,6 +21,13 @@ from spear_megatron.parallel.state import ParallelState
 from spear_megatron.types import Row, TrajectoryId
 
 
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
     """Something that can travel: named CPU tensors of any shape and dtype, and JSON-serialisable ``fields``."""
@@ -30,33 +37,58 @@ class TensorRecord:
 
 
 def encode_records(records: Sequence[TensorRecord]) -> torch.Tensor:
-    """Records as one uint8 [bytes] buffer (a safetensors file in memory); empty for no record."""
-    if not records:
-        return torch.empty(0, dtype=torch.uint8)
-    from safetensors.torch import save
+    """Records as one uint8 [bytes] buffer, laid out as a safetensors file; empty for no record.
 
-    tensors = {
-        f"{i}/{name}": tensor.contiguous()
-        for i, record in enumerate(records)
-        for name, tensor in record.tensors.items()
-    }
-    header = {"records": json.dumps([dict(record.fields) for record in records])}
-    return torch.frombuffer(bytearray(save(tensors, metadata=header)), dtype=torch.uint8)
+    The length is a multiple of 8, so that the tensors of several buffers in a row are aligned.
+
+    Raises:
+        ValueError: a tensor's dtype has no name in the format.
+    """
+    return _concatenated(_encoded(records))
+
+
+def _encoded(records: Sequence[TensorRecord]) -> list[torch.Tensor]:
+    """The buffer of :func:`encode_records` in pieces: so it is copied once, to where it leaves from."""
+    if not records:
+        return []
+    named = [(f"{i}/{name}", tensor) for i, record in enumerate(records) for name, tensor in record.tensors.items()]
+    # Wide types first, as the format asks: then every tensor lies aligned.
+    named.sort(key=lambda item: (-item[1].element_size(), item[0]))
+    fields = json.dumps([dict(record.fields) for record in records])
+    header: dict[str, Any] = {"__metadata__": {"records": fields}}
+    offset = 0
+    for key, tensor in named:
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(f"a tensor of {tensor.dtype} ({key}) cannot travel")
+        end = offset + tensor.element_size() * tensor.numel()
+        header[key] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+    padding = torch.zeros(-offset % 8, dtype=torch.uint8)
+    return [prefix, *(tensor.reshape(-1).view(torch.uint8) for _, tensor in named), padding]
+
+
+def _concatenated(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=torch.uint8)
 
 
 def decode_records(buffer: torch.Tensor) -> list[TensorRecord]:
-    """Inverse of :func:`encode_records`; the records own their memory."""
+    """Inverse of :func:`encode_records`; the records lie in the memory of ``buffer``, which must not change any more."""
     if len(buffer) == 0:
         return []
-    from safetensors.torch import load
-
-    data = buffer.numpy().tobytes()
-    header_bytes = int.from_bytes(data[:8], "little")
-    fields = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["records"])
+    start = 8 + int.from_bytes(buffer[:8].numpy().tobytes(), "little")
+    header = json.loads(buffer[8:start].numpy().tobytes())
+    fields = json.loads(header.pop("__metadata__")["records"])
+    content = buffer[start:]
+    if content.storage_offset() % 8:
+        content = content.clone()
     tensors: list[dict[str, torch.Tensor]] = [{} for _ in fields]
-    for key, tensor in load(data).items():
+    for key, entry in header.items():
         position, name = key.split("/", 1)
-        tensors[int(position)][name] = tensor
+        first, end = entry["data_offsets"]
+        tensors[int(position)][name] = content[first:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
     return [TensorRecord(tensors=part, fields=values) for part, values in zip(tensors, fields, strict=True)]
 
 
@@ -89,23 +121,28 @@ def exchange(
     deadline = timedelta(seconds=timeout_s)
     received: list[torch.Tensor] = []
     if parallel.is_leader:
-        buffers = [encode_records(records) for records in outgoing]
-        received = _all_to_all(buffers, parallel, phase, deadline) if parallel.dp_size > 1 else buffers
+        buffers = [_encoded(records) for records in outgoing]
+        if parallel.dp_size > 1:
+            received = _all_to_all(buffers, parallel, phase, deadline)
+        else:
+            received = [_concatenated(buffers[0])]
     if parallel.tp_size * parallel.pp_size > 1:
         received = _broadcast(received, parallel, phase, deadline)
     return [record for buffer in received for record in decode_records(buffer)]
 
 
 def _all_to_all(
-    buffers: Sequence[torch.Tensor], parallel: ParallelState, phase: str, deadline: timedelta
+    buffers: Sequence[Sequence[torch.Tensor]], parallel: ParallelState, phase: str, deadline: timedelta
 ) -> list[torch.Tensor]:
+    """Trade one buffer, in pieces, with every leader."""
     group = parallel.leader_group
-    sent = torch.tensor([len(buffer) for buffer in buffers], dtype=torch.int64)
+    sent = torch.tensor([sum(len(piece) for piece in buffer) for buffer in buffers], dtype=torch.int64)
     incoming = torch.empty_like(sent)
     _wait(dist.all_to_all_single(incoming, sent, group=group, async_op=True), parallel, f"{phase} (sizes)", deadline)
     sizes = [int(size) for size in incoming]
     result = torch.empty(sum(sizes), dtype=torch.uint8)
-    work = dist.all_to_all_single(result, torch.cat(list(buffers)), sizes, sent.tolist(), group=group, async_op=True)
+    flat = _concatenated([piece for buffer in buffers for piece in buffer])
+    work = dist.all_to_all_single(result, flat, sizes, sent.tolist(), group=group, async_op=True)
     _wait(work, parallel, f"{phase} (payload)", deadline)
     return list(result.split(sizes))
 

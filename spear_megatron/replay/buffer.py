@@ -179,7 +179,7 @@ class ReplayBuffer:
             if entry.id not in payloads:
                 raise ValueError(f"trajectory {entry.id} was accepted into the replay buffer without its payload")
             record = payloads[entry.id]
-            self._places[entry.id] = self._writer.append(entry.id, encode_records([record]).numpy().tobytes())
+            self._places[entry.id] = self._writer.append(entry.id, encode_records([record]).numpy().data)
             self._payloads[entry.id] = record
 
     def _drop(self, entries: Iterable[ReplayEntry]) -> tuple[TrajectoryId, ...]:

@@ -40,10 +40,10 @@ class Place:
     num_bytes: int
 
 
-def record_bytes(trajectory: TrajectoryId, payload: bytes) -> bytes:
+def record_bytes(trajectory: TrajectoryId, payload: bytes | memoryview) -> bytes:
     """One framed record."""
     header = _HEADER.pack(_MAGIC, len(payload), *trajectory)
-    return header + _digest(header, payload) + payload
+    return b"".join([header, _digest(header, payload), payload])
 
 
 def read_record(run_dir: Path, place: Place, trajectory: TrajectoryId) -> bytes:
@@ -101,7 +101,7 @@ class SegmentWriter:
         self._torn = False  # a write failed: nobody knows what follows the valid bytes of the open file
         self._segments: dict[str, _Segment] = {}
 
-    def append(self, trajectory: TrajectoryId, payload: bytes) -> Place:
+    def append(self, trajectory: TrajectoryId, payload: bytes | memoryview) -> Place:
         """Write one record; it is on disk for good only after :meth:`sync`. After a failure the next file is begun."""
         if self._open is None or self._torn or self._open.num_bytes >= self._segment_bytes:
             self._begin()
@@ -197,7 +197,7 @@ def newest_files(files: Iterable[str]) -> set[str]:
     return {file for _, file in newest.values()}
 
 
-def _digest(header: bytes, payload: bytes) -> bytes:
+def _digest(header: bytes, payload: bytes | memoryview) -> bytes:
     digest = hashlib.blake2b(header, digest_size=_DIGEST_BYTES)
     digest.update(payload)
     return digest.digest()

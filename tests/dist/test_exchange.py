@@ -41,6 +41,26 @@ def test_records_survive_encoding() -> None:
     assert decode_records(encode_records([])) == []
 
 
+def test_buffers_in_a_row_are_decoded_where_they_lie() -> None:
+    records = [make_record(0, number) for number in range(1, 12)]
+    buffers = [encode_records([record]) for record in records]
+    flat = torch.cat(buffers)
+    for record, buffer in zip(records, flat.split([len(buffer) for buffer in buffers]), strict=True):
+        decoded = decode_records(buffer)[0]
+        assert_same(record, decoded)
+        assert all(tensor.untyped_storage().data_ptr() == flat.data_ptr() for tensor in decoded.tensors.values())
+    shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), buffers[4]])
+    assert_same(records[4], decode_records(shifted[3:])[0])
+
+
+def test_shapes_and_strides_survive_and_strange_types_are_refused() -> None:
+    turned = torch.ones(2, 3).cumsum(1).T
+    record = TensorRecord({"scalar": torch.tensor(3.5), "none": torch.empty(2, 0), "turned": turned})
+    assert_same(record, decode_records(encode_records([record]))[0])
+    with pytest.raises(ValueError, match=r"complex64 \(0/x\)"):
+        encode_records([TensorRecord({"x": torch.zeros(1, dtype=torch.complex64)})])
+
+
 def outgoing(source: int, size: int, pattern: str) -> list[tuple[int, int]]:
     """(destination, number) of every record that a rank sends; in `hollow`, rank 0 neither gives nor gets any."""
     if pattern == "nothing":
