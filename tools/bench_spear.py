@@ -103,7 +103,7 @@ def main() -> int:
         ]  # fmt: skip
         config = load(Config, ROOT / "configs" / "quickstart.yaml", overrides)
         times: dict[str, list[float]] = {"with": [], "without": []}
-        shares, own = [], []
+        shares, owns = [], []
         with open_run(config, StopFlag()) as run:
             parameters = sum(part.numel() for chunk in run.parts.actor.chunks for part in chunk.parameters())
             parts = replace(run.parts, imitation=None)
@@ -116,21 +116,22 @@ def main() -> int:
                         times[side].append(seconds)
                         if side == "with":
                             shares.append(figures["token_share"])
-                            own.append(figures["buffer_s"])
+                            owns.append(figures["buffer_s"])
     on, off = statistics.median(times["with"]), statistics.median(times["without"])
     share = statistics.fmean(shares)
     # Tokens of replay over tokens of the step itself: what the extra work should cost.
     extra = share / (1 - share)
     result = {
         "parameters": parameters, "loss_mode": args.loss_mode, "with_s": on, "without_s": off, "ratio": on / off,
-        "replayed_tokens_over_fresh": extra, "excess": on / off - 1 - extra, "buffer_s": statistics.median(own),
-        "buffer_share_of_step": statistics.median(own) / on, "samples": samples,
+        "replayed_tokens_over_fresh": extra, "excess": on / off - 1 - extra, "buffer_s": statistics.median(owns),
+        "buffer_share_of_step": statistics.median(owns) / on, "samples": samples,
     }  # fmt: skip
     print(f"{parameters:,} parameters, {args.loss_mode}, medians of {samples} steps in turn")
     print(f"without self-imitation {off * 1e3:9.1f} ms")
     print(f"with                   {on * 1e3:9.1f} ms   {on / off:.3f}x")
     print(f"replayed / fresh tokens in the update {extra:.3f}, excess over it {100 * result['excess']:+.1f} %")
-    print(f"selection and push     {1e3 * result['buffer_s']:9.2f} ms   {100 * result['buffer_share_of_step']:.2f} % of it")
+    own, part = 1e3 * result["buffer_s"], 100 * result["buffer_share_of_step"]
+    print(f"selection and push     {own:9.2f} ms   {part:.2f} % of it")
     print(json.dumps(result))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

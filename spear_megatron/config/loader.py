@@ -1,6 +1,7 @@
 """Loading a configuration: defaults from nested dataclasses, a YAML file that only overrides them, ``key=value`` pairs.
 
-A YAML file may name a parent with ``base: other.yaml`` (relative to itself), or several, of which later ones win. Values may refer to others as ``${a.b}``.
+A YAML file may name a parent with ``base: other.yaml`` (relative to itself), or several, of which later ones win.
+Values may refer to others as ``${a.b}``.
 Every problem is one ValueError (FileNotFoundError for a missing file) naming the key and the file or override.
 """
 

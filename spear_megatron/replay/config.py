@@ -23,8 +23,8 @@ class ReplayConfig:
         capacity_ratio: the buffer keeps at most this many times N_D, dropping the oldest (0: no such bound).
         max_gib: bound of the buffer over all ranks in GiB, dropping the oldest.
         batch_size: trajectories replayed per training step; null takes a quarter of those that the step samples.
-        power_of_two: replay at most the largest power of two of the qualifying trajectories, none for one alone (the released
-            code; N_D and batch_size bound it too).
+        power_of_two: replay at most the largest power of two of the qualifying trajectories, none for one alone (the
+            released code; N_D and batch_size bound it too).
         after_use: keep the replayed trajectories, or clear the whole buffer.
         staleness: exact drops what is older than trajectory_tolerate_steps; released caps that at 10 and counts
             from the last push, so that data may be two steps older.

@@ -94,7 +94,9 @@ def rejection(entry: ReplayEntry, rules: ReplayRules) -> str | None:
     return "requirement" if missing else None
 
 
-def split_expired(entries: Entries, step: int, last_push_step: int | None, rules: ReplayRules) -> tuple[Entries, Entries]:
+def split_expired(
+    entries: Entries, step: int, last_push_step: int | None, rules: ReplayRules
+) -> tuple[Entries, Entries]:
     """(kept, expired): what is too old at ``step``.
 
     The released code caps the tolerance at 10 and counts from the last step that pushed anything, before each push.

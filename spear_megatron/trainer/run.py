@@ -71,7 +71,8 @@ class Run(RunFrame):
 
     def _informative(self, step: int, collected: Collected) -> Collected:
         scores = self._score(step, collected.index, ratio=1.0)
-        return restrict(collected, informative_groups(group_spread({key: scores.rewards[key] for key in scores.counted})))
+        spread = group_spread({key: scores.rewards[key] for key in scores.counted})
+        return restrict(collected, informative_groups(spread))
 
     def score(self, step: int, index: Sequence[IndexRow]) -> Scores:
         """Shaped rewards, and what the filters leave to train on."""

@@ -27,8 +27,8 @@ def segments() -> list[Row]:
 
 def replayed() -> list[Row]:
     """Rows of an earlier step."""
-    made = rows(7)
-    return [replace(row, trajectory=TrajectoryId(-2, 0, i), advantages=row.advantages.abs()) for i, row in enumerate(made)]
+    made = enumerate(rows(7))
+    return [replace(row, trajectory=TrajectoryId(-2, 0, i), advantages=row.advantages.abs()) for i, row in made]
 
 
 def joint_update(config: Config, scratch: Path) -> Any:

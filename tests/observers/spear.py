@@ -139,7 +139,9 @@ OBSERVERS: Observers = dict(
         ("algorithm.gigpo.mode", Observer(losses, ("mean_norm", "mean_std_norm"), _GIGPO)),
         (
             "algorithm.filter_groups.enable",
-            Observer(figure("training/num_groups", "filter/gen_batches", make=without_spread), ("false", "true"), _LONG),
+            Observer(
+                figure("training/num_groups", "filter/gen_batches", make=without_spread), ("false", "true"), _LONG
+            ),
         ),
         (
             "algorithm.filter_groups.max_num_gen_batches",
@@ -180,10 +182,15 @@ OBSERVERS: Observers = dict(
         _replay("replay.capacity_ratio", "1.0", "0.4"),
         _replay("replay.max_gib", "32.0", "1e-6"),
         _replay("replay.batch_size", "2", "1"),
-        _replay("replay.power_of_two", "false", "true", f"{_ACTOR}.replay.batch_size=3", f"{_ACTOR}.replay.require=none"),
+        _replay(
+            "replay.power_of_two", "false", "true", f"{_ACTOR}.replay.batch_size=3", f"{_ACTOR}.replay.require=none"
+        ),
         _replay("replay.after_use", "keep", "clear"),
         _replay("replay.staleness", "exact", "released", f"{_ACTOR}.trajectory_tolerate_steps=1"),
-        _replay("replay.recompose", "today", "stored", "algorithm.use_toolcall_reward=cosine", "algorithm.max_toolcall_steps=4"),
+        _replay(
+            "replay.recompose", "today", "stored", "algorithm.use_toolcall_reward=cosine",
+            "algorithm.max_toolcall_steps=4",
+        ),  # fmt: skip
         _replay("replay.sampling", "uniform", "prioritized", f"{_ACTOR}.replay.batch_size=1"),
         _replay(
             "replay.baseline_groups", "all", "kept", f"{_ROLLOUT}.rollout_filter_ratio=0.5", "data.train_batch_size=2"
