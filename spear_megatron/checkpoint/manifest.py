@@ -139,7 +139,7 @@ def check_external(run_dir: Path, manifest: Manifest, part: int = 0, num_parts: 
         try:
             size = path.stat().st_size
             if size < entry.num_bytes:
-                problems.append(f"file {entry.path} has {size} bytes, fewer than its {entry.num_bytes} of this checkpoint")
+                problems.append(f"file {entry.path} has {size} bytes, fewer than the {entry.num_bytes} named")
             elif hash_file(path, entry.num_bytes) != entry.sha256:
                 problems.append(f"file {entry.path} is damaged: the checksum of its {entry.num_bytes} bytes differs")
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Self-imitation inside a training step: choose from the buffer, bring rows to their ranks, push the step's successes.
+"""Self-imitation in a training step: choose from the buffer, bring rows to their ranks, push the step's successes.
 
 The buffer decides by its index, which every rank holds; payloads live on the leaders that produced them.
 """

@@ -1,4 +1,4 @@
-"""The joint update J_GRPO + gamma * J_SIL: the same in every layout, and equal to plain torch on transformers' model."""
+"""The joint update J_GRPO + gamma * J_SIL: the same in every layout, and equal to plain torch with transformers."""
 
 from __future__ import annotations
 
