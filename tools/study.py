@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the options ask for; 1 if a run failed, 2 on bad input."""
     args = parse(argv)
     try:
-        study = load_study(placed(args.study))
+        study = load_study(args.study)
         tasks = [chosen(study.tasks, name, "--task") for name in args.task or study.tasks]
         arms = [chosen(study.arms, name, "--arms").name for name in args.arms or study.arms]
         failures = carry_out(args, study, tasks, arms)
@@ -62,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=Path, default=ROOT / "configs" / "study_arms.yaml", help="arms and tasks")
+    parser.add_argument("--study", type=placed, default=ROOT / "tools" / "study.yaml", help="arms and tasks")
     parser.add_argument("--task", nargs="+", metavar="NAME", help="tasks to run (default: all)")
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="arms to run (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to N per arm")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "study", help="folder of all runs")
-    parser.add_argument("--frozen", type=Path, help="tuned learning rates (default: beside the study file)")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of study.md and its images")
+    parser.add_argument("--out", type=placed, default=ROOT / "outputs" / "study", help="folder of all runs")
+    parser.add_argument("--frozen", type=placed, help="tuned learning rates (default: beside the study file)")
+    parser.add_argument("--docs", type=placed, default=ROOT / "docs", help="folder of study.md and its images")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--tune", action="store_true", help="run the grid of learning rates and freeze the best")
     mode.add_argument("--sweep", action="store_true", help="run the study file's variants of one arm")
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def carry_out(args: argparse.Namespace, study: Study, tasks: Sequence[Task], arms: Sequence[str]) -> list[str]:
     """Run the chosen mode and return the failures."""
-    out, frozen_path = placed(args.out), args.frozen or frozen_beside(args.study)
+    out, frozen_path = args.out, args.frozen or frozen_beside(args.study)
     frozen = read_frozen(frozen_path)
     starts = {task.name: start_folder(task, out) for task in tasks}
     if args.budget_only:
@@ -101,7 +101,7 @@ def carry_out(args: argparse.Namespace, study: Study, tasks: Sequence[Task], arm
         specs = plan(study, tasks, out, arms, args.seeds, starts, frozen)
         chosen_specs = specs["sweep"] if args.sweep else specs["study"]
         failures = run_all(chosen_specs, args.jobs)
-    report = write_report(study, tasks, out, placed(args.docs), frozen)
+    report = write_report(study, tasks, out, args.docs, frozen)
     print(f"wrote {report}")
     return failures
 
@@ -234,12 +234,10 @@ def frozen_beside(study_file: Path) -> Path:
     return study_file.with_name(f"{study_file.stem}_frozen.json")
 
 
-def placed(path: Path) -> Path:
-    """Relative to the repository, where the commands run, if it lies inside: a moved checkout keeps its runs."""
-    full = Path(os.path.abspath(path))
-    return full.relative_to(ROOT) if full.is_relative_to(ROOT) else full
+def placed(text: str) -> Path:
+    """An absolute path: the runs work in the folder of the repository."""
+    return Path(os.path.abspath(text))
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,23 +65,19 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """One training run: ``overrides`` decide its course, the rest only its place."""
+    """One training run; ``fingerprint`` names what decides its course: a folder belongs to one fingerprint."""
 
     task: Task
     arm: str
     seed: int
     folder: Path
     overrides: tuple[str, ...]
+    fingerprint: str
 
     @property
     def name(self) -> str:
         """What progress lines call it."""
         return f"{self.task.name} {self.folder.parent.name} seed {self.seed}"
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the run: a folder belongs to one fingerprint."""
-        return hashlib.sha256("\n".join((str(self.task.config), *self.overrides)).encode()).hexdigest()[:16]
 
     @property
     def command(self) -> list[str]:
@@ -119,7 +116,7 @@ def _arm(name: str, part: Mapping[str, Any], root: Path) -> Arm:
     return Arm(
         name=name,
         title=part.get("title", name),
-        preset=None if preset is None else root / preset,
+        preset=None if preset is None else Path(os.path.abspath(root / preset)),
         overrides=_flat(part.get("overrides") or {}),
     )
 
@@ -128,7 +125,7 @@ def _task(name: str, part: Mapping[str, Any], root: Path) -> Task:
     return Task(
         name=name,
         title=part.get("title", name),
-        config=root / part["config"],
+        config=Path(os.path.abspath(root / part["config"])),
         prepare=tuple(tuple(map(str, command)) for command in part.get("prepare") or ()),
         overrides=_flat(part.get("overrides") or {}),
         token_budget=float(part["token_budget"]),
@@ -176,7 +173,12 @@ def run_spec(
     lr: float | None = None,
     variant: Mapping[str, Any] | None = None,
 ) -> RunSpec:
-    """The run of ``arm`` on ``task``. Later values win: preset, task, arm, learning rate, sweep variant, seed."""
+    """The run of ``arm`` on ``task``. Later values win: preset, task, arm, learning rate, sweep variant, seed.
+
+    Raises:
+        FileNotFoundError: the preset or the configuration does not exist.
+        ValueError: the configuration refuses a value.
+    """
     values = dict(preset_values(arm.preset) if arm.preset else {})
     for part in (task.overrides, arm.overrides, {} if lr is None else {LR: lr}, variant or {}):
         values.update(part)
@@ -185,7 +187,29 @@ def run_spec(
         "trainer.num_threads": 1, "trainer.save_hf": False, "trainer.val_before_train": True,
         "trainer.max_actor_ckpt_to_keep": 1, "trainer.num_logged_trajectories": 2, "trainer.logger": ["console"],
     }  # fmt: skip
-    return RunSpec(task=task, arm=arm.name, seed=seed, folder=folder, overrides=tuple(override_texts(values, start)))
+    return RunSpec(
+        task=task,
+        arm=arm.name,
+        seed=seed,
+        folder=folder,
+        overrides=tuple(override_texts(values, start)),
+        fingerprint=_digest([start.name, *_resolved(task, values)], ignored=("trainer.default_local_dir",)),
+    )
+
+
+def _resolved(task: Task, values: Mapping[str, Any]) -> list[str]:
+    """The whole configuration as ``key=value`` lines, with ``{start}`` left as it is: moved folders change nothing."""
+    from spear_megatron.config.describe import flatten
+    from spear_megatron.config.loader import load
+    from spear_megatron.config.schema import Config
+
+    config = flatten(load(Config, task.config, override_texts(values, Path(START))))
+    return [f"{key}={value!r}" for key, value in config.items()]
+
+
+def _digest(lines: Sequence[str], *, ignored: tuple[str, ...] = ()) -> str:
+    kept = [line for line in lines if not (ignored and line.startswith(ignored))]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:12]
 
 
 def start_folder(task: Task, out: Path) -> Path:
@@ -195,14 +219,8 @@ def start_folder(task: Task, out: Path) -> Path:
         FileNotFoundError: the task's configuration does not exist.
         ValueError: it cannot be read.
     """
-    from spear_megatron.config.describe import flatten
-    from spear_megatron.config.loader import load
-    from spear_megatron.config.schema import Config
-
-    config = flatten(load(Config, task.config, override_texts(task.overrides, Path(START))))
-    kept = [f"{key}={value!r}" for key, value in config.items() if key.startswith(_START_KEYS)]
-    text = "\n".join([*kept, json.dumps(task.prepare)])
-    return out / task.name / f"start_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    kept = [line for line in _resolved(task, task.overrides) if line.startswith(_START_KEYS)]
+    return out / task.name / f"start_{_digest([*kept, json.dumps(task.prepare)])}"
 
 
 def start_commands(task: Task, start: Path) -> list[list[str]]:

@@ -64,6 +64,8 @@ def test_later_layers_win_and_start_is_filled_in(study_file: Path, tmp_path: Pat
     assert values["trainer.seed"] == values["data.seed"] == "3"
     still = plan.run_spec(task, study.arms["other"], 3, tmp_path, start=start, lr=2e-4, variant=study.sweep["still"])
     assert f"{plan.LR}=1e-09" in still.overrides and still.fingerprint != spec.fingerprint
+    elsewhere = plan.run_spec(task, study.arms["other"], 3, tmp_path / "moved", start=Path("/x/start"), lr=2e-4)
+    assert elsewhere.fingerprint == spec.fingerprint, "places do not change what a run is"
     assert spec.command[1:4] == ["-m", "spear_megatron", "train"]
 
 
@@ -89,6 +91,14 @@ def test_start_depends_on_what_makes_it(study_file: Path, tmp_path: Path) -> Non
     assert folder() == first, "how often a run is evaluated does not change its start"
     (tmp_path / "task.yaml").write_text("sft: {num_examples: 6}\n")
     assert folder() != first
+
+
+def test_a_value_that_a_run_would_refuse_is_refused_before_anything_runs(study_file: Path, tmp_path: Path) -> None:
+    arms = {"grpo": {"overrides": {"algorithm.gama": 1.0}}}
+    study_file.write_text(yaml.safe_dump({**STUDY, "arms": arms, "sweep": {}}))
+    study = plan.load_study(study_file)
+    with pytest.raises(ValueError, match="algorithm.gama"):
+        plan.run_spec(study.tasks["easy"], study.arms["grpo"], 1, tmp_path / "run", start=tmp_path / "start")
 
 
 def test_plan_has_every_arm_with_every_seed(study_file: Path, tmp_path: Path) -> None:
@@ -165,7 +175,7 @@ class StandIn(plan.RunSpec):
 
 def stand_in(root: Path, name: str, mode: str = "good", minutes: float = 1.0) -> StandIn:
     task = plan.Task(name="t", title="T", config=Path("c"), token_budget=300, deadline_minutes=minutes)
-    return StandIn(task=task, arm=name, seed=1, folder=root / name / "seed_1", overrides=(), mode=mode)
+    return StandIn(task=task, arm=name, seed=1, folder=root / name / "seed_1", overrides=(), fingerprint="f", mode=mode)
 
 
 def test_runs_stop_at_the_budget_and_finished_ones_are_skipped(tmp_path: Path) -> None:
@@ -201,7 +211,7 @@ def test_a_run_beyond_its_deadline_fails(tmp_path: Path) -> None:
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     spec = stand_in(tmp_path, "a")
     pool.run_all([spec], 1, lambda text: None)
-    other = StandIn(task=spec.task, arm="a", seed=1, folder=spec.folder, overrides=("x=1",))
+    other = StandIn(task=spec.task, arm="a", seed=1, folder=spec.folder, overrides=(), fingerprint="g")
     with pytest.raises(ValueError, match="holds a run of other settings"):
         pool.run_all([other], 1, lambda text: None)
 
@@ -264,7 +274,7 @@ def test_tuning_freezes_the_best_rate(
 
 
 def test_the_shipped_study_is_complete() -> None:
-    study = plan.load_study(ROOT / "configs" / "study_arms.yaml")
+    study = plan.load_study(ROOT / "tools" / "study.yaml")
     assert {"grpo", "drbot", "spear-paper", "spear-official"} < set(study.arms) and study.baselines == ("grpo", "drbot")
     assert all(len(task.learning_rates) >= 3 and task.token_budget > 0 for task in study.tasks.values())
-    assert all((ROOT / task.config).is_file() for task in study.tasks.values())
+    assert all(task.config.is_file() for task in study.tasks.values())
