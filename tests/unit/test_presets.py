@@ -147,3 +147,8 @@ def test_values_of_the_page_are_values_of_the_keys() -> None:
         for key, value in re.findall(r"`([a-z_.]+)=([^`]+)`", cells[1]):
             stated = flatten(load(Config, None, [f"{key}={value}"]))[key]
             assert flatten(preset("spear-paper"))[key] == stated, key
+
+
+def test_the_tests_that_the_page_names_exist() -> None:
+    named = set(re.findall(r"tests/[\w/]+\.py", PAGE))
+    assert len(named) > 4 and [name for name in named if not (REPOSITORY / name).is_file()] == []
