@@ -35,6 +35,7 @@ bench: setup  ## every benchmark of the README, one after the other
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_trainer.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_kernels.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_sandbox.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_replay.py
 
 docs: setup  ## regenerate the generated pages under docs/
 	$(BIN)/python tools/reference_pages.py
