@@ -75,7 +75,7 @@ def _concatenated(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def decode_records(buffer: torch.Tensor) -> list[TensorRecord]:
-    """Inverse of :func:`encode_records`; the records lie in the memory of ``buffer``, which must not change any more."""
+    """Inverse of :func:`encode_records`; the records lie in the memory of ``buffer``, which must stay as it is."""
     if len(buffer) == 0:
         return []
     start = 8 + int.from_bytes(buffer[:8].numpy().tobytes(), "little")
