@@ -35,6 +35,7 @@ bench: setup  ## every benchmark of the README, one after the other
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_trainer.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_kernels.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_sandbox.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_replay.py
 
 study: setup  ## comparison of the methods over seeds: tuned, run, reported in docs/study.md (hours)
 	$(BIN)/python tools/study.py --tune

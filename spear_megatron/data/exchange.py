@@ -105,7 +105,8 @@ def exchange(
 
     Returns:
         What was sent to this data-parallel rank, equal on all ranks that share its model copy; ordered by sender, then
-        as sent.
+        as sent. A record that stays where it was, on a rank that shares its model copy with none, is itself: nobody may
+        change the tensors of a record, neither before nor after.
 
     Raises:
         ValueError: a destination does not exist, or a rank that is not a leader has payloads.
@@ -119,6 +120,9 @@ def exchange(
             raise ValueError(f"'{phase}' names data-parallel rank {destination}, but there are {parallel.dp_size}.")
         outgoing[destination].append(record)
     deadline = timedelta(seconds=timeout_s)
+    staying: list[TensorRecord] = []
+    if parallel.tp_size * parallel.pp_size == 1:
+        staying, outgoing[parallel.dp_rank] = outgoing[parallel.dp_rank], staying
     received: list[torch.Tensor] = []
     if parallel.is_leader:
         buffers = [_encoded(records) for records in outgoing]
@@ -128,7 +132,9 @@ def exchange(
             received = [_concatenated(buffers[0])]
     if parallel.tp_size * parallel.pp_size > 1:
         received = _broadcast(received, parallel, phase, deadline)
-    return [record for buffer in received for record in decode_records(buffer)]
+    arrived = [decode_records(buffer) for buffer in received]
+    arrived[parallel.dp_rank] += staying
+    return [record for part in arrived for record in part]
 
 
 def _all_to_all(
