@@ -73,8 +73,8 @@ class Family:
 class GeneratorConfig:
     """Keys under ``data.generator``.
 
-    ``levels`` of difficulty (1 to 5; 6 and 7 are chains of 2 and 3 operations) are drawn equally often. ``num_train``
-    and ``num_val`` problems, all different.
+    ``levels`` of difficulty (1 to 5; 6 and 7 are chains of 2 and 3 operations) are drawn equally often.
+    ``num_train`` and ``num_val`` problems, all different.
     """
 
     levels: tuple[int, ...] = (1, 2)
