@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=placed, default=ROOT / "tools" / "study.yaml", help="arms and tasks")
+    parser.add_argument("--study", type=placed, default=ROOT / "configs" / "study_arms.yaml", help="arms and tasks")
     parser.add_argument("--task", nargs="+", metavar="NAME", help="tasks to run (default: all)")
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="arms to run (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to N per arm")

@@ -94,8 +94,8 @@ def load_study(path: Path) -> Study:
     Raises:
         ValueError: a section is missing or malformed, or a baseline or the sweep's arm is not among the arms.
     """
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         arms = {name: _arm(name, part or {}, path.parent) for name, part in raw["arms"].items()}
         tasks = {name: _task(name, part, path.parent) for name, part in raw["tasks"].items()}
         sweep = raw.get("sweep") or {}
@@ -103,7 +103,7 @@ def load_study(path: Path) -> Study:
         study = Study(
             arms=arms, tasks=tasks, baselines=tuple(raw["baselines"]), sweep_arm=sweep.get("arm"), sweep=variants
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a study file: {type(error).__name__}: {error}") from error
     unknown = [name for name in (*study.baselines, *filter(None, [study.sweep_arm])) if name not in arms]
     if unknown:

@@ -121,6 +121,7 @@ def test_plan_has_every_arm_with_every_seed(study_file: Path, tmp_path: Path) ->
         ({"baselines": ["missing"]}, "missing not among the arms grpo, other"),
         ({"tasks": {"easy": {"config": "x.yaml"}}}, "not a study file: KeyError: 'token_budget'"),
         ({"arms": None}, "not a study file"),
+        ({"arms": {"grpo": {"preset": ["a"]}}}, "not a study file"),
     ],
 )
 def test_bad_study_files_are_refused(study_file: Path, change: dict[str, Any], message: str) -> None:
@@ -274,7 +275,10 @@ def test_tuning_freezes_the_best_rate(
 
 
 def test_the_shipped_study_is_complete() -> None:
-    study = plan.load_study(ROOT / "tools" / "study.yaml")
+    study = plan.load_study(ROOT / "configs" / "study_arms.yaml")
     assert {"grpo", "drbot", "spear-paper", "spear-official"} < set(study.arms) and study.baselines == ("grpo", "drbot")
     assert all(len(task.learning_rates) >= 3 and task.token_budget > 0 for task in study.tasks.values())
-    assert all(task.config.is_file() for task in study.tasks.values())
+    for task in study.tasks.values():
+        for arm in study.arms.values():
+            spec = plan.run_spec(task, arm, 1, Path("run"), start=Path("start"))
+            assert task.config.is_file() and len(spec.fingerprint) == 12
