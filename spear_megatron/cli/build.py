@@ -11,6 +11,7 @@ from pathlib import Path
 from spear_megatron.checkpoint.manager import CheckpointManager
 from spear_megatron.cli.agents import canonical_answer_of, load_episode_prompts, load_renderer, open_agents, samplings
 from spear_megatron.cli.session import StopFlag, open_parallel, open_record
+from spear_megatron.config.checks_replay import replay_rules
 from spear_megatron.config.describe import flatten
 from spear_megatron.config.schema import Config
 from spear_megatron.data.chat import ChatRenderer
@@ -26,7 +27,6 @@ from spear_megatron.observability.trajectories import TrajectoryStore
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rewards.compose import RewardRule
 from spear_megatron.replay.buffer import ReplayBuffer
-from spear_megatron.replay.decisions import ReplayRules
 from spear_megatron.trainer.actor import Actor
 from spear_megatron.trainer.config import OptimConfig
 from spear_megatron.trainer.imitation import Imitation
@@ -181,16 +181,8 @@ def build_imitation(config: Config, parallel: ParallelState) -> Imitation | None
     if not actor.enable_trajectory_replay:
         return None
     temperature = config.actor_rollout_ref.rollout.temperature
-    rules = ReplayRules(
-        buffer_size=actor.trajectory_buffer_size,
-        score_threshold=actor.trajectory_score_threshold,
-        tolerate_steps=actor.trajectory_tolerate_steps,
-        weight_decay=actor.weight_decay_trajectory_replay,
-        norm_by_std=algorithm.norm_adv_by_std_in_grpo,
-        replay=actor.replay,
-    )
     buffer = ReplayBuffer(
-        rules,
+        replay_rules(config),
         parallel,
         Path(config.trainer.default_local_dir),
         baseline_size=actor.baseline_buffer_size,

@@ -5,10 +5,25 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from spear_megatron.replay.decisions import ReplayRules
+
 if TYPE_CHECKING:
     from spear_megatron.config.schema import Config
 
 _ACTOR = "actor_rollout_ref.actor"
+
+
+def replay_rules(config: Config) -> ReplayRules:
+    """What the buffer decides by."""
+    actor = config.actor_rollout_ref.actor
+    return ReplayRules(
+        buffer_size=actor.trajectory_buffer_size,
+        score_threshold=actor.trajectory_score_threshold,
+        tolerate_steps=actor.trajectory_tolerate_steps,
+        weight_decay=actor.weight_decay_trajectory_replay,
+        norm_by_std=config.algorithm.norm_adv_by_std_in_grpo,
+        replay=actor.replay,
+    )
 
 
 def most_stored(config: Config) -> int:
@@ -22,8 +37,8 @@ def most_stored(config: Config) -> int:
     steps = min(tolerance, 10) + 2 if actor.replay.staleness == "released" else tolerance
     groups = max(1, math.floor(rollout.rollout_filter_ratio * config.data.train_batch_size))
     stored = steps * groups * rollout.n
-    bound = actor.replay.capacity_ratio * actor.trajectory_buffer_size
-    return min(stored, math.floor(bound)) if bound else stored
+    bound = replay_rules(config).capacity
+    return stored if bound is None else min(stored, bound)
 
 
 def check_trigger(config: Config) -> None:
@@ -35,8 +50,9 @@ def check_trigger(config: Config) -> None:
     actor = config.actor_rollout_ref.actor
     if not actor.enable_trajectory_replay:
         return
-    most, needed = most_stored(config), actor.replay.trigger_ratio * actor.trajectory_buffer_size
-    if most < 1 or most < needed:
+    most, needed = most_stored(config), replay_rules(config).trigger
+    # Qualifying trajectories must be more than the trigger, stored ones as many.
+    if most < 1 or most < needed or (actor.replay.trigger_count == "qualifying" and most <= needed):
         raise ValueError(
             f"{_ACTOR}.enable_trajectory_replay=true never replays: the buffer reaches at most {most} trajectories in "
             f"{_ACTOR}.trajectory_tolerate_steps={actor.trajectory_tolerate_steps} steps, and {_ACTOR}.replay."

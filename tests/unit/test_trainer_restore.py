@@ -22,6 +22,7 @@ def restored(checkpoint_step: int | None, total_training_steps: int) -> tuple[in
         actor=SimpleNamespace(chunks=[], optimizer=optimizer),
         checkpoints=SimpleNamespace(load_latest=lambda *args, **options: loaded),
         prompts=SimpleNamespace(load_state_dict=lambda state: None),
+        imitation=None,
     )
     run.parts = parts
     return run.restore(), list(run.remaining_steps())
