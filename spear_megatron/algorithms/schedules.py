@@ -6,6 +6,8 @@ mu(t) fades the reward for tool calls out, gamma(t) fades self-imitation in; bot
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 TOOLCALL_MODES: tuple[str, ...] = ("none", "constant", "cosine")
 
@@ -36,3 +38,38 @@ def replay_coefficient(step: int, *, coef: float, warmup_steps: int) -> float:
         step: t. coef: the final value c. warmup_steps: T_w, at least 1 (checked where the configuration is read).
     """
     return coef * (1.0 - math.cos(math.pi * step / warmup_steps)) / 2.0 if step < warmup_steps else coef
+
+
+class Curriculum(Protocol):
+    """Both coefficients of a step: what the training loop asks, whatever makes them (a schedule, or feedback)."""
+
+    def mu(self, step: int) -> float:
+        """Coefficient of the tool-call reward at the 1-based ``step``."""
+        ...
+
+    def gamma(self, step: int) -> float:
+        """Coefficient of self-imitation at the 1-based ``step``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledCurriculum:
+    """The paper's curriculum: functions of the step alone.
+
+    Attributes:
+        mode, max_steps: of :func:`toolcall_coefficient`.
+        coef, warmup_steps: of :func:`replay_coefficient`.
+    """
+
+    mode: str = "none"
+    max_steps: int = 1
+    coef: float = 0.0
+    warmup_steps: int = 1
+
+    def mu(self, step: int) -> float:
+        """See :func:`toolcall_coefficient`."""
+        return toolcall_coefficient(self.mode, step, self.max_steps)
+
+    def gamma(self, step: int) -> float:
+        """See :func:`replay_coefficient`."""
+        return replay_coefficient(step, coef=self.coef, warmup_steps=self.warmup_steps)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from spear_megatron.algorithms.schedules import ScheduledCurriculum
 from spear_megatron.checkpoint.manager import CheckpointManager
 from spear_megatron.cli.agents import canonical_answer_of, load_episode_prompts, load_renderer, open_agents, samplings
 from spear_megatron.cli.session import StopFlag, open_parallel, open_record
@@ -121,6 +122,7 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
             export=lambda folder: export_hf(actor.chunks, shape, parallel, folder, model),
             answer_of=canonical_answer_of,
             stop_requested=lambda: stop.requested,
+            curriculum=build_curriculum(config),
             imitation=imitation,
         )
         run = Run(parts=parts, settings=step_settings(config), trainer=config.trainer, algorithm=config.algorithm)
@@ -175,6 +177,17 @@ def reads_old_log_probs(config: Config) -> bool:
     return actor.enable_trajectory_replay or selects or config.algorithm.rollout_correction.mode != "none"
 
 
+def build_curriculum(config: Config) -> ScheduledCurriculum:
+    """The schedules of mu(t) and gamma(t)."""
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    return ScheduledCurriculum(
+        mode=algorithm.use_toolcall_reward,
+        max_steps=algorithm.max_toolcall_steps,
+        coef=actor.replay_loss_coef,
+        warmup_steps=actor.max_replay_loss_steps,
+    )
+
+
 def build_imitation(config: Config, parallel: ParallelState) -> Imitation | None:
     """The replay buffer and what is done with it, if ``enable_trajectory_replay`` is set."""
     actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
@@ -195,8 +208,6 @@ def build_imitation(config: Config, parallel: ParallelState) -> Imitation | None
         parallel=parallel,
         temperature=temperature,
         batch_size=actor.replay.batch_size,
-        coef=actor.replay_loss_coef,
-        warmup_steps=actor.max_replay_loss_steps,
         step_term_weight=algorithm.gigpo.step_advantage_w if keeps_steps else 0.0,
         baseline_groups=actor.replay.baseline_groups,
     )

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 
 from spear_megatron.algorithms.recalibration import GroupStatistics
-from spear_megatron.algorithms.schedules import replay_coefficient
 from spear_megatron.data.exchange import TensorRecord, exchange
 from spear_megatron.data.files import FileEntry
 from spear_megatron.data.packing import row_key
@@ -55,7 +54,6 @@ class Imitation:
     Attributes:
         batch_size: trajectories replayed per step; None for a quarter of those sampled.
         step_term_weight: of GiGPO's stored step term, 0 drops it.
-        coef, warmup_steps: of gamma(t).
         baseline_groups: all, or kept ones alone.
     """
 
@@ -63,8 +61,6 @@ class Imitation:
     parallel: ParallelState
     temperature: float
     batch_size: int | None
-    coef: float
-    warmup_steps: int
     step_term_weight: float
     baseline_groups: Literal["all", "kept"]
 
@@ -83,17 +79,17 @@ class Imitation:
         """Forget the events of the step before."""
         self.__post_init__()
 
-    def select(self, step: int, mu: float, num_sampled: int) -> Replayed:
+    def select(self, step: int, mu: float, gamma: float, num_sampled: int) -> Replayed:
         """Expire what is too old and choose what to replay; the same on every rank.
 
         Args:
-            mu: today's tool-call coefficient.
+            mu, gamma: today's coefficients of the tool-call reward and of self-imitation; without weight nothing is
+                replayed.
             num_sampled: trajectories that this step sampled.
         """
         self._expired += self.buffer.expire(step)
         size = max(num_sampled // 4, 1) if self.batch_size is None else self.batch_size
         selection = self.buffer.select(step, mu, size)
-        gamma = replay_coefficient(step, coef=self.coef, warmup_steps=self.warmup_steps)
         chosen = selection.chosen if gamma > 0 else ()
         ages = [step - item.entry.step for item in chosen]
         metrics = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from spear_megatron.algorithms.schedules import Curriculum, ScheduledCurriculum
 from spear_megatron.checkpoint.manager import CheckpointManager
 from spear_megatron.data.prompts import PromptSource
 from spear_megatron.observability.lineage import LineageStore
@@ -39,6 +40,7 @@ class Parts:
     export: Callable[[Path], None]
     answer_of: Callable[[Trajectory], str | None]
     stop_requested: Callable[[], bool]
+    curriculum: Curriculum = ScheduledCurriculum()
     imitation: Imitation | None = None
     lineage: LineageStore | None = None
 

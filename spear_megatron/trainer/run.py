@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from spear_megatron.algorithms.filters import group_spread, informative_groups
-from spear_megatron.algorithms.schedules import toolcall_coefficient
 from spear_megatron.data.exchange import redistribute, row_to_record
 from spear_megatron.data.index import IndexRow
 from spear_megatron.data.packing import row_key
@@ -82,7 +81,7 @@ class Run(RunFrame):
 
     def _score(self, step: int, index: Sequence[IndexRow], *, ratio: float) -> Scores:
         config = self.algorithm
-        mu = toolcall_coefficient(config.use_toolcall_reward, step, config.max_toolcall_steps)
+        mu = self.parts.curriculum.mu(step)
         kind = self.settings.rollout_filter_type
         return score(index, self.settings.rule, mu, config, ratio=ratio, kind=kind)
 
@@ -90,7 +89,9 @@ class Run(RunFrame):
         """Good trajectories of earlier steps, judged by today's baseline; nothing without self-imitation."""
         if self.parts.imitation is None or not any(scores.trains_on(row.id) for row in index):
             return NOTHING_REPLAYED
-        replayed = self.parts.imitation.select(step, scores.mu, num_sampled=len(scores.rewards))
+        replayed = self.parts.imitation.select(
+            step, scores.mu, self.parts.curriculum.gamma(step), num_sampled=len(scores.rewards)
+        )
         self._metrics.update(replayed.metrics)
         return replayed
 

@@ -93,7 +93,7 @@ def imitation_of(parallel: ParallelState, run_dir: Path, after_use: str) -> Imit
     )
     buffer = ReplayBuffer(rules, parallel, run_dir, baseline_size=12, seed=3, temperature=1.0)
     return Imitation(
-        buffer=buffer, parallel=parallel, temperature=1.0, batch_size=5, coef=1.0, warmup_steps=4,
+        buffer=buffer, parallel=parallel, temperature=1.0, batch_size=5,
         step_term_weight=WEIGHT, baseline_groups="all",
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def live(tp: int, pp: int, run_dir: Path, first: int, last: int, after_use: str,
         imitation.begin_step()
         collected, members, rows = collected_of(step, parallel)
         scores = scores_of(step, members)
-        replayed = imitation.select(step, scores.mu, len(scores.rewards))
+        replayed = imitation.select(step, scores.mu, 1.0, len(scores.rewards))
         names = sorted(replayed.tokens)
         owners = assign([float(replayed.tokens[key]) for key in names], [0] * len(names), parallel.dp_size)
         owner_of = dict(zip(names, owners, strict=True))

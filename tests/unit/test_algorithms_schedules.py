@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spear_megatron.algorithms.schedules import replay_coefficient, toolcall_coefficient
+from spear_megatron.algorithms.schedules import ScheduledCurriculum, replay_coefficient, toolcall_coefficient
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,10 @@ def test_ends_are_exact_and_the_way_there_is_monotone() -> None:
 def test_unknown_mode_names_the_key() -> None:
     with pytest.raises(ValueError, match="use_toolcall_reward"):
         toolcall_coefficient("linear", 1, 10)
+
+
+def test_the_scheduled_curriculum_is_both_functions() -> None:
+    curriculum = ScheduledCurriculum(mode="cosine", max_steps=200, coef=2.0, warmup_steps=300)
+    for step in (1, 50, 200, 300, 900):
+        assert curriculum.mu(step) == toolcall_coefficient("cosine", step, 200)
+        assert curriculum.gamma(step) == replay_coefficient(step, coef=2.0, warmup_steps=300)
