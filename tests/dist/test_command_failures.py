@@ -76,7 +76,7 @@ def failing_train(arguments: list[str]) -> dict[str, Any]:
     streams: list[IO[bytes]] = []
     before, during = children(), set()
 
-    def deal(run: Run, collected: object) -> None:
+    def deal(run: Run, *step: object) -> None:
         streams.append(run.parts.recorder._stream)
         during.update(children() - before)
         raise LookupError("unforeseen")
