@@ -322,7 +322,7 @@ class Harness:
 
 
 def default_command(work: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
-    """A short run of the quickstart's configuration on a tiny model after a short cold start."""
+    """A short run of the quickstart's configuration, self-imitation included, on a tiny model after a cold start."""
     program, model, start = [sys.executable, "-m"], work / "model", work / "sft"
     cold_start = [
         "spear_megatron", "sft", "--config", "configs/quickstart.yaml", f"actor_rollout_ref.model.path={model}",
@@ -339,7 +339,9 @@ def default_command(work: Path, ranks: int, overrides: Sequence[str]) -> list[st
         "trainer.total_training_steps=6", "trainer.save_freq=1", "trainer.test_freq=3",
         "trainer.max_actor_ckpt_to_keep=2", "trainer.num_threads=1",
         "data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=4",
-        "actor_rollout_ref.actor.entropy_coeff=0.001", "data.generator.num_val=8", *overrides,
+        "actor_rollout_ref.actor.entropy_coeff=0.001", "data.generator.num_val=8",
+        "actor_rollout_ref.actor.trajectory_buffer_size=8", "actor_rollout_ref.actor.max_replay_loss_steps=4",
+        "actor_rollout_ref.actor.replay.segment_mib=0.01", "algorithm.max_toolcall_steps=4", *overrides,
     ]  # fmt: skip
 
 

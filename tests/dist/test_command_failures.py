@@ -77,7 +77,7 @@ def failing_train(arguments: list[str]) -> dict[str, Any]:
     before, during = children(), set()
 
     def deal(run: Run, *step: object) -> None:
-        streams.append(run.parts.recorder._stream)
+        streams.append(run.parts.recorder._lines._stream)
         during.update(children() - before)
         raise LookupError("unforeseen")
 
