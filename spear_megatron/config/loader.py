@@ -45,8 +45,9 @@ def load(root: type[T], yaml_path: str | Path | None = None, overrides: Sequence
         FileNotFoundError: the file or its ``base`` does not exist.
         ValueError: unknown key, wrong type, bad YAML or interpolation, or values that a dataclass refuses.
     """
-    layers = _file_layers(Path(yaml_path), ()) if yaml_path is not None else []
-    layers += [_override_layer(root, text) for text in overrides]
+    files = _file_layers(Path(yaml_path), ()) if yaml_path is not None else []
+    given = [_override_layer(root, text) for text in overrides]
+    layers = [*files, *given]
     origins: dict[str, str] = {}
     for layer in layers:
         for key in _walk(root, layer):
@@ -57,7 +58,8 @@ def load(root: type[T], yaml_path: str | Path | None = None, overrides: Sequence
             key = key.rpartition(".")[0]
         return f" ({origins[key]})" if key else ""
 
-    values = functools.reduce(_overlay, (layer.values for layer in layers), default_tree(root))
+    together: Mapping[str, Any] = functools.reduce(_merged, (layer.values for layer in given), {})
+    values = functools.reduce(_overlay, [*(layer.values for layer in files), together], default_tree(root))
     instance: T = build(root, _resolve(values, origin), "", origin)
     return instance
 
@@ -222,12 +224,18 @@ def _has_interpolation(value: Any) -> bool:
 
 
 def _overlay(under: Any, over: Any) -> Any:
-    """Mappings merge key by key; anything else replaces what was there.
-
-    A section that names another class by ``name`` starts without the arguments (``kwargs``) of the one before.
+    """As :func:`_merged`, but a section that names another class by ``name`` starts without the arguments (``kwargs``)
+    of the one before. Overrides are one layer, in whatever order they name both.
     """
     if not isinstance(under, Mapping) or not isinstance(over, Mapping):
         return over
     if "kwargs" in under and "name" in over and over["name"] != under.get("name"):
         under = {**under, "kwargs": {}}
     return {**under, **{key: _overlay(under.get(key), value) for key, value in over.items()}}
+
+
+def _merged(under: Any, over: Any) -> Any:
+    """Mappings merge key by key; anything else replaces what was there."""
+    if not isinstance(under, Mapping) or not isinstance(over, Mapping):
+        return over
+    return {**under, **{key: _merged(under.get(key), value) for key, value in over.items()}}

@@ -96,11 +96,11 @@ def test_later_bytes_do_not_matter_and_all_others_do(tmp_path: Path) -> None:
         flipped = bytearray(data)
         flipped[at] ^= 4
         path.write_bytes(flipped)
-        expected = ["file x.bin is damaged: the checksum of its first 12 bytes differs"] if at < 12 else []
+        expected = ["file x.bin is damaged: the checksum of its 12 bytes differs"] if at < 12 else []
         assert check_external(tmp_path, found) == expected
     for size in range(12):
         path.write_bytes(data[:size])
-        assert check_external(tmp_path, found) == [f"file x.bin has {size} bytes, fewer than the 12 that belong here"]
+        assert check_external(tmp_path, found) == [f"file x.bin has {size} bytes, fewer than the 12 named"]
     path.unlink()
     assert check_external(tmp_path, found) == ["file x.bin is missing"]
     path.mkdir()

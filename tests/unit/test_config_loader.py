@@ -92,6 +92,9 @@ def test_another_name_drops_the_arguments_of_the_one_before(tmp_path: Path) -> N
     leaf = write(tmp_path, "leaf.yaml", "base: base.yaml\nreward: {name: 'mine:Reward'}\n")
     assert load(Config, leaf).reward.kwargs == {}
     assert load(Config, base, ["reward.kwargs.wrong=0.0"]).reward.kwargs == {"correct": 1.0, "wrong": 0.0}
+    both = ["reward.kwargs.high=3", "reward.name=mine:Reward"]
+    for order in (both, both[::-1]):
+        assert load(Config, base, order).reward.kwargs == {"high": 3}
     assert load(Config, base, ["reward.name=math"]).reward.kwargs == {"correct": 1.0, "wrong": -1.0}
 
 
