@@ -29,6 +29,7 @@ from spear_megatron.config.schema import Config  # noqa: E402
 from spear_megatron.data.index import index_row  # noqa: E402
 from spear_megatron.data.tiny import make_tiny_model  # noqa: E402
 from spear_megatron.rollout.collect import Collected  # noqa: E402
+from spear_megatron.trainer.metrics import replay_token_share  # noqa: E402
 from spear_megatron.trainer.run import Run  # noqa: E402
 from spear_megatron.types import Group, Prompt, RewardParts, Segment, StopReason, Trajectory, TrajectoryId  # noqa: E402
 
@@ -75,9 +76,9 @@ def trainer_part(run: Run, step: int, collected: Collected) -> tuple[float, dict
     before = time.perf_counter()
     run.push(collected, scores, rows)
     end = time.perf_counter()
-    tokens = [part.get("replay/token_share", 0.0) for part in run._updates]
     own = chosen + end - before
-    return end - start, {"token_share": statistics.fmean(tokens), "buffer_s": own, **run._metrics}
+    share = replay_token_share(run._updates).get("replay/token_share", 0.0)
+    return end - start, {"token_share": share, "buffer_s": own, **run._metrics}
 
 
 def main() -> int:

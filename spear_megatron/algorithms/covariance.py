@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from spear_megatron.algorithms.draw import Gather, smallest_across
+from spear_megatron.algorithms.rounding import floor_share
 
 _LOG_RATIO_LIMIT = 20.0
 _NEAR = 1e-5
@@ -118,7 +119,7 @@ def select_tokens(
     num_tokens, mean_advantage, mean_log_prob = _means(tokens, gather)
     with np.errstate(invalid="ignore", over="ignore"):
         covariance = (tokens.advantages - mean_advantage) * (tokens.log_probs - mean_log_prob)
-    k = max(math.floor(rule.ratio * num_tokens), 1) if rule.ratio > 0 and num_tokens else 0
+    k = max(floor_share(rule.ratio, num_tokens), 1) if rule.ratio > 0 and num_tokens else 0
     columns = [tokens.keys, tokens.row_keys, tokens.positions, tokens.advantages, tokens.log_probs]
     lb, ub = -math.inf, math.inf
     candidates = np.isfinite(covariance)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from spear_megatron.algorithms.moments import deviations
+from spear_megatron.algorithms.rounding import floor_share
 from spear_megatron.types import StopReason, TrajectoryId
 
 GroupId = tuple[int, int]
@@ -106,7 +107,7 @@ def kept_groups(spread: Mapping[GroupId, float], ratio: float, kind: str) -> set
         raise ValueError(f"actor_rollout_ref.rollout.rollout_filter_type is {kind!r}; use std or std_rev.")
     sign = -1.0 if kind == "std" else 1.0
     order = sorted(spread, key=lambda group: (sign * spread[group], group))
-    return set(order[: max(int(ratio * len(order)), 1)])
+    return set(order[: max(floor_share(ratio, len(order)), 1)])
 
 
 def informative_groups(spread: Mapping[GroupId, float]) -> set[GroupId]:

@@ -15,7 +15,7 @@ import torch
 
 CORRECTION_MODES: tuple[str, ...] = ("none", "tis", "icepop", "sequence_mask")
 
-_LOG_RATIO_LIMIT = 20.0
+LOG_RATIO_LIMIT = 20.0
 
 
 def off_policy_weights(
@@ -75,4 +75,4 @@ def sequence_ratio(parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 def _log_ratio(old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor) -> torch.Tensor:
     difference = (old_log_probs - rollout_log_probs).detach().float()
-    return torch.clamp(difference, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    return torch.clamp(difference, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)

@@ -77,5 +77,9 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 def recalibrated_advantage(reward: float, p50: float, p50_std: float | None) -> float:
-    """A~ of a reward against the baseline; ``p50_std`` divides (``norm_adv_by_std_in_grpo``) unless it is None."""
-    return reward - p50 if p50_std is None else (reward - p50) / (p50_std + _STD_EPSILON)
+    """A~ of a reward against the baseline; ``p50_std`` divides (``norm_adv_by_std_in_grpo``) unless it is None.
+
+    Where half of the groups have equal rewards the median deviation is 0 and says nothing of the scale: then nothing
+    divides, instead of the 1e-6 that would make one replayed success outweigh everything else.
+    """
+    return (reward - p50) / (p50_std + _STD_EPSILON) if p50_std else reward - p50

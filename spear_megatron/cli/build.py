@@ -201,6 +201,7 @@ def build_imitation(config: Config, parallel: ParallelState) -> Imitation | None
         baseline_size=actor.baseline_buffer_size,
         seed=config.trainer.seed,
         temperature=temperature,
+        max_tokens=actor.ppo_max_token_len_per_gpu,
     )
     keeps_steps = actor.replay.step_term == "keep" and algorithm.adv_estimator == "gigpo"
     return Imitation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from spear_megatron.algorithms.rounding import floor_share
 from spear_megatron.replay.decisions import ReplayRules
 
 if TYPE_CHECKING:
@@ -14,14 +15,23 @@ _ACTOR = "actor_rollout_ref.actor"
 
 
 def replay_rules(config: Config) -> ReplayRules:
-    """What the buffer decides by."""
-    actor = config.actor_rollout_ref.actor
+    """What the buffer decides by.
+
+    A recalibrated advantage has the scale of the estimator's episode term. The released code, which drops GiGPO's step
+    term, scales it as it does GRPO's.
+    """
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    by_std = algorithm.norm_adv_by_std_in_grpo
+    if algorithm.adv_estimator == "gigpo" and actor.replay.step_term == "keep":
+        by_std = algorithm.gigpo.mode == "mean_std_norm"
+    elif algorithm.adv_estimator in ("rloo", "reinforce_plus_plus"):
+        by_std = False
     return ReplayRules(
         buffer_size=actor.trajectory_buffer_size,
         score_threshold=actor.trajectory_score_threshold,
         tolerate_steps=actor.trajectory_tolerate_steps,
         weight_decay=actor.weight_decay_trajectory_replay,
-        norm_by_std=config.algorithm.norm_adv_by_std_in_grpo,
+        norm_by_std=by_std,
         replay=actor.replay,
     )
 
@@ -35,7 +45,7 @@ def most_stored(config: Config) -> int:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     tolerance = actor.trajectory_tolerate_steps
     steps = min(tolerance, 10) + 2 if actor.replay.staleness == "released" else tolerance
-    groups = max(1, math.floor(rollout.rollout_filter_ratio * config.data.train_batch_size))
+    groups = max(1, floor_share(rollout.rollout_filter_ratio, config.data.train_batch_size))
     stored = steps * groups * rollout.n
     bound = replay_rules(config).capacity
     return stored if bound is None else min(stored, bound)

@@ -44,7 +44,8 @@ class Used:
 
     Attributes:
         age: training steps since it was sampled. reward: at the coefficient that the step replays with.
-        advantage: recalibrated. tokens: sampled tokens, of which ``selected`` lost their gradient to the covariance.
+        advantage: recalibrated. tokens: sampled tokens, of which covariance regularisation acts on ``selected``
+            (0 where that is decided inside the loss).
         update: 0-based number of the optimizer step within the training step.
         weight: what one of its tokens weighs in the loss, gamma over the normaliser.
     """

@@ -35,6 +35,7 @@ _REPLAY = (
     Metric("replay/age_max", "steps since the replayed trajectories were sampled, largest", "steps"),
     Metric("replay/advantage_mean", "recalibrated advantage of the replayed trajectories, mean", "reward"),
     Metric("replay/pg_loss", "self-imitation part of the loss, before its coefficient gamma", "reward"),
+    Metric("replay/grad_norm", "gradient norm of optimizer steps on replayed trajectories alone", "norm"),
     Metric("replay/clipfrac", "replayed tokens whose clipped surrogate was the active one", "fraction"),
     Metric("replay/ratio_mean", "probability now over that when sampled, of replayed tokens, mean", "ratio"),
     Metric("replay/ratio_max", "probability now over that when sampled, of replayed tokens, largest", "ratio"),

@@ -58,6 +58,7 @@ class ReplayBuffer:
         baseline_size: int,
         seed: int,
         temperature: float,
+        max_tokens: int | None = None,
         files: FileSystem | None = None,
     ) -> None:
         """An empty buffer; nothing is written before the first push.
@@ -66,6 +67,7 @@ class ReplayBuffer:
             run_dir: run directory, on a file system that all leaders share.
             baseline_size: latest group means that the baseline is the median of.
             temperature: of today's sampling; restored trajectories of another one are dropped.
+            max_tokens: tokens of one segment that a micro-batch can hold; restored longer ones are dropped.
         """
         self._rules = rules
         self._parallel = parallel
@@ -73,6 +75,7 @@ class ReplayBuffer:
         self._baseline_size = baseline_size
         self._seed = seed
         self._temperature = temperature
+        self._max_tokens = max_tokens
         self._entries: dict[TrajectoryId, ReplayEntry] = {}
         self._baseline: list[GroupStatistics] = []
         self._payloads: dict[TrajectoryId, TensorRecord] = {}
@@ -249,7 +252,8 @@ class ReplayBuffer:
         entries = [ReplayEntry.decode({k: v for k, v in row.items() if k != "place"}) for row in state["entries"]]
         places = {TrajectoryId(*row["id"]): Place(**row["place"]) for row in state["entries"]}
         self._drop(self.entries)
-        same = [entry for entry in entries if entry.temperature == self._temperature]
+        fitting = [entry for entry in entries if self._max_tokens is None or entry.longest <= self._max_tokens]
+        same = [entry for entry in fitting if entry.temperature == self._temperature]
         if state["shards"] != self._parallel.dp_size:
             same = resharded(same, self._parallel.dp_size)
         self._entries = {entry.id: entry for entry in same}
@@ -257,7 +261,7 @@ class ReplayBuffer:
         self._last_push_step = state["last_push_step"]
         with agreed(self._parallel, "replay restore"):
             self._load([entry for entry in same if entry.shard == self._parallel.dp_rank], places, files)
-        return Counter(restored=len(same), temperature=len(entries) - len(same))
+        return Counter(restored=len(same), temperature=len(fitting) - len(same), length=len(entries) - len(fitting))
 
     def _load(
         self, own: Sequence[ReplayEntry], places: Mapping[TrajectoryId, Place], files: Sequence[FileEntry]

@@ -31,7 +31,8 @@ class ReplayConfig:
         recompose: rewards and baseline at today's tool-call coefficient, or as they were when stored.
         sampling: uniform, or prioritized by the recalibrated advantage.
         baseline_groups: P50 over all groups of a step, or over those that the group filter kept (the released code).
-        step_term: keep or drop the step advantage of gigpo in replayed trajectories.
+        step_term: keep or drop the step advantage of gigpo in replayed trajectories; with drop the recalibrated
+            advantage is scaled by norm_adv_by_std_in_grpo, as the released code does, instead of gigpo.mode.
         entropy_bonus: apply entropy_coeff to replayed tokens too (the released code).
         segment_mib: size at which a file of the buffer is sealed, in MiB.
     """

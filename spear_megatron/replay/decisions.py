@@ -141,7 +141,7 @@ def select(
     coefficient = mu if rules.replay.recompose == "today" else None
     p50, p50_std = _baseline(entries, baseline, coefficient)
     judged = [_judged(entry, coefficient, p50, p50_std, rules) for entry in entries]
-    qualifying = [item for item in judged if rules.decays or item.advantage > 0]
+    qualifying = [item for item in judged if item.advantage > 0]
     if rules.replay.trigger_count == "stored":
         triggered = len(entries) >= max(rules.trigger, 1)
     else:

@@ -19,7 +19,7 @@ class ReplayEntry:
         parts: raw parts of the reward, kept apart.
         stored_reward: base + mu * bonus at the coefficient of its step, as the baseline of that step has it.
         advantage: in its group when it was pushed.
-        num_tokens: of all segments, prompts included. num_sampled: of them sampled by the policy.
+        num_tokens: of all segments, prompts included. longest: of one segment. num_sampled: sampled by the policy.
         num_bytes: of the payload, but for the length of its observation keys.
         temperature: of sampling; its log-probs mean something at this one alone.
     """
@@ -35,6 +35,7 @@ class ReplayEntry:
     num_sampled: int
     num_bytes: int
     temperature: float
+    longest: int = 0
 
     @property
     def step(self) -> int:

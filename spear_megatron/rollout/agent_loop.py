@@ -202,11 +202,6 @@ class _Episode:
                 f"engine: request {request.request_id} has {len(result.output_ids)} tokens "
                 f"but {len(result.policy_versions)} policy versions"
             )
-        if len(result.policy_versions) not in (0, len(result.output_ids)):
-            raise _InfrastructureError(
-                f"engine: request {request.request_id} has {len(result.output_ids)} tokens "
-                f"but {len(result.policy_versions)} policy versions"
-            )
         self._versions.extend(result.policy_versions)
         return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from spear_megatron.data.index import IndexRow, gather_index
@@ -119,19 +119,6 @@ async def _await(closer: Callable[[], Awaitable[None]]) -> None:
 def share_of(prompts: Sequence[tuple[int, Prompt]], step: int, dp_rank: int, dp_size: int) -> list[tuple[int, Prompt]]:
     """Task groups of one leader, assigned by (step, position in the step)."""
     return [pair for position, pair in enumerate(prompts) if (step + position) % dp_size == dp_rank]
-
-
-def num_groups(collected: Collected) -> int:
-    """Task groups in the index."""
-    return len({row.id.group for row in collected.index})
-
-
-def restrict(collected: Collected, groups: Collection[tuple[int, int]]) -> Collected:
-    """Only the task groups with these ids."""
-    return Collected(
-        [group for group in collected.groups if group.id in groups],
-        [row for row in collected.index if row.id.group in groups],
-    )
 
 
 def merge(first: Collected, second: Collected) -> Collected:

@@ -144,7 +144,8 @@ class Actor:
         skipped = self._apply(figures, norm, advance_schedule)
         if skipped == "empty":
             return UpdateResult(skipped, {})
-        return UpdateResult(skipped, objective.metrics | policy_metrics(figures, norm, lr), objective.used)
+        used = objective.used if skipped is None else {}
+        return UpdateResult(skipped, objective.metrics | policy_metrics(figures, norm, lr), used)
 
     def policy_gradients(
         self,
@@ -163,7 +164,11 @@ class Actor:
         if objective.num_tokens == 0:
             return objective, EMPTY, 0.0
         figures, norm = self._gradients(
-            objective.rows, objective.loss, temperature=self._temperature, with_entropy=True
+            objective.rows,
+            objective.loss,
+            temperature=self._temperature,
+            with_entropy=True,
+            share=self._config.sum_norm_denominator == "micro_batch_share",
         )
         return objective, figures, norm
 
@@ -200,6 +205,7 @@ class Actor:
         *,
         temperature: float,
         with_entropy: bool,
+        share: bool = False,
     ) -> tuple[StepFigures, float]:
         def compute(logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
             log_probs, entropy = self._token_log_probs(logits, batch, temperature, with_entropy, inplace_backward=True)
@@ -207,7 +213,7 @@ class Actor:
 
         with megatron_on_cpu():
             self.optimizer.zero_grad()
-            batch = self._pack(rows)
+            batch = self._pack(rows, share)
             parts = run_forward_backward(self.chunks, batch, compute, self._parallel)
             norm = self.optimizer.gradient_norm()
         return reduce_figures(parts, self._parallel), norm
@@ -272,7 +278,7 @@ class Actor:
         dist.broadcast(stacked, last, group=parallel.pp_group)
         return list(stacked.cpu())
 
-    def _pack(self, rows: Sequence[WeightedRow]) -> TrainBatch:
+    def _pack(self, rows: Sequence[WeightedRow], share: bool = False) -> TrainBatch:
         parallel, megatron = self._parallel, self._config.megatron
         ordered = sorted(rows, key=lambda item: row_key(item.row))
         plan = plan_packing(
@@ -282,7 +288,7 @@ class Actor:
             count_multiple=parallel.pp_size if parallel.vpp_size else 1,
             reduce_max=self._max_over_ranks,
         )
-        if self._config.sum_norm_denominator == "micro_batch_share":
+        if share:
             ordered = share_of_micro_batch(ordered, plan)
         return pack(ordered, plan)
 

@@ -63,9 +63,12 @@ def _merge(parts: Sequence[tuple[dict[str, float], dict[str, float]]]) -> tuple[
 def policy_metrics(figures: StepFigures, norm: float, lr: float) -> dict[str, float]:
     """Metrics of one policy update, by the names of the record; those of a term without tokens stay away."""
     sums = figures.sums
-    metrics = {"actor/loss": sums["loss"], "actor/grad_norm": norm, "actor/lr": lr}
+    metrics: dict[str, float] = {}
     if sums.get("tokens"):
-        metrics |= {
+        metrics = {
+            "actor/loss": sums["loss"],
+            "actor/grad_norm": norm,
+            "actor/lr": lr,
             "actor/pg_loss": sums["pg_loss"],
             "actor/entropy": figures.mean("entropy"),
             "actor/pg_clipfrac": figures.mean("clipped"),
@@ -80,13 +83,14 @@ def policy_metrics(figures: StepFigures, norm: float, lr: float) -> dict[str, fl
         metrics["actor/kl_loss"] = sums["kl_loss"]
         metrics["actor/ref_kl"] = figures.mean("ref_kl")
     if sums.get("replay_tokens"):
+        if not metrics:  # an optimizer step on replayed trajectories alone
+            metrics = {"replay/grad_norm": norm}
         metrics |= {
             "replay/pg_loss": sums["replay_pg_loss"],
             "replay/clipfrac": figures.mean("replay_clipped", "replay_tokens"),
             "replay/ratio_mean": figures.mean("replay_ratio", "replay_tokens"),
             "replay/ratio_max": figures.maxima["replay_ratio"],
             "replay/tokens": sums["replay_tokens"],
-            "replay/token_share": sums["replay_tokens"] / (sums["replay_tokens"] + sums.get("tokens", 0.0)),
         }
     for term in ("cov", "cov_replay"):
         if f"{term}_candidates" in sums:

@@ -14,7 +14,7 @@ from spear_megatron.observability.timing import PhaseTimer
 from spear_megatron.parallel.agreement import agree_any
 from spear_megatron.parallel.errors import named_waits
 from spear_megatron.rollout.collect import Collected, Tasks
-from spear_megatron.trainer.metrics import mean_metrics, rollout_metrics, throughput_metrics
+from spear_megatron.trainer.metrics import mean_metrics, replay_token_share, rollout_metrics, throughput_metrics
 from spear_megatron.trainer.parts import Parts, Progress, StepSettings
 from spear_megatron.trainer.run_config import TrainerConfig
 from spear_megatron.trainer.scoring import Scores
@@ -112,6 +112,7 @@ class RunFrame:
             step,
             {
                 **mean_metrics(self._updates),
+                **replay_token_share(self._updates),
                 **rollout_metrics(collected.index, scores),
                 **throughput_metrics(collected.index, timings, self.parts.parallel.world_size),
                 **self._metrics,
@@ -168,10 +169,12 @@ class RunFrame:
             self._notes.append(f"the checkpoint of step {loaded.step} has no replay buffer: it starts empty")
         elif self.parts.imitation is not None:
             counts = self.parts.imitation.buffer.restore(loaded.states["replay"], loaded.manifest.external)
-            if counts["temperature"]:
-                self._notes.append(
-                    f"{counts['temperature']} replayed trajectories were sampled at another temperature: dropped"
-                )
+            reasons = {"temperature": "were sampled at another temperature", "length": "do not fit a micro-batch"}
+            self._notes += [
+                f"{counts[name]} trajectories of the replay buffer {reason}: dropped"
+                for name, reason in reasons.items()
+                if counts[name]
+            ]
         return loaded.step
 
     def finish(self) -> None:

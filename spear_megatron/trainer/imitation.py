@@ -93,7 +93,6 @@ class Imitation:
         chosen = selection.chosen if gamma > 0 else ()
         ages = [step - item.entry.step for item in chosen]
         metrics = {
-            "spear/gamma": gamma,
             "replay/qualifying": float(selection.num_qualifying),
             "replay/non_positive": float(selection.num_non_positive),
             "replay/trigger": self.buffer.trigger,
@@ -182,6 +181,7 @@ class Imitation:
                     stored_reward=scores.base[row.id] + scores.mu * scores.bonus[row.id],
                     advantage=scores.advantages[row.id],
                     num_tokens=tokens,
+                    longest=max(row.segment_lengths),
                     num_sampled=sum(row.sampled_lengths),
                     num_bytes=BYTES_PER_TOKEN * tokens + BYTES_PER_RECORD,
                     temperature=self.temperature,

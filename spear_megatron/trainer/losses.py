@@ -76,6 +76,7 @@ class PolicyLoss:
         replay_entropy_weight: the same for replayed tokens, times gamma; 0 by the paper.
         kl_coef, kl_kind: KL term; 0 needs no reference.
         on_policy: take the current log-probs for the old ones of on-policy tokens (exact in a step's first update).
+        engine_ratio: the old log-probs are the engine's; its drift is then measured against the current ones.
     """
 
     rule: SurrogateRule
@@ -85,6 +86,7 @@ class PolicyLoss:
     kl_coef: float = 0.0
     kl_kind: str = "low_var_kl"
     on_policy: bool = False
+    engine_ratio: bool = False
 
     def __call__(
         self, log_probs: torch.Tensor, entropy: torch.Tensor | None, batch: MicroBatch
@@ -120,7 +122,8 @@ class PolicyLoss:
             kl_loss = (tokens.weight * kl).sum()
             loss = loss + self.kl_coef * kl_loss
             sums |= {"kl_loss": figure(kl_loss), "ref_kl": figure(kl)}
-        differences, maxima = rollout_difference(tokens.old_log_probs, batch.rollout_log_probs[mask])
+        own = tokens.log_probs.detach() if self.engine_ratio else tokens.old_log_probs
+        differences, maxima = rollout_difference(own, batch.rollout_log_probs[mask])
         return loss, sums | differences, maxima
 
     def _replay_part(

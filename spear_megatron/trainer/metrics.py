@@ -77,6 +77,13 @@ def mean_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: max(values) if name.endswith("max") else _mean(values) for name, values in columns.items()}
 
 
+def replay_token_share(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Replayed tokens among all sampled tokens of a step's updates; nothing without any replayed one."""
+    replayed = sum(part.get("replay/tokens", 0.0) for part in updates)
+    fresh = sum(part.get("actor/tokens", 0.0) for part in updates)
+    return {"replay/token_share": replayed / (replayed + fresh)} if replayed else {}
+
+
 def zero_variance_share(valid: Sequence[IndexRow], rewards: Mapping[TrajectoryId, float]) -> float:
     """Share of task groups whose rewards are all equal: they carry no learning signal."""
     groups: dict[tuple[int, int], set[float]] = defaultdict(set)

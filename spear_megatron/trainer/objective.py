@@ -11,7 +11,7 @@ import torch
 from spear_megatron.algorithms.aggregation import Totals, count_totals, token_weights
 from spear_megatron.algorithms.config import RolloutCorrectionConfig
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, Selection, TokenSet, select_tokens, token_keys
-from spear_megatron.algorithms.off_policy import off_policy_weights
+from spear_megatron.algorithms.off_policy import LOG_RATIO_LIMIT, off_policy_weights
 from spear_megatron.data.packing import WeightedRow, row_key
 from spear_megatron.parallel.agreement import gather_objects
 from spear_megatron.parallel.seeds import derive_key
@@ -105,6 +105,7 @@ class ObjectiveBuilder:
             kl_coef=self.config.kl_loss_coef if self.config.use_kl_loss else 0.0,
             kl_kind=self.config.kl_loss_type,
             on_policy=on_policy,
+            engine_ratio=self.config.old_log_prob == "rollout",
         )
         used = _used(weighted)
         return Objective(weighted, loss, totals.num_tokens + replay_totals.num_tokens, metrics, used)
@@ -153,6 +154,7 @@ class ObjectiveBuilder:
         for row in rows:
             assert row.old_log_probs is not None
             difference = (row.old_log_probs.double() - row.rollout_log_probs.double())[row.response_mask]
+            difference = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
             own.setdefault(row.trajectory, []).append((float(difference.sum()), len(difference)))
         parts: dict[TrajectoryId, list[tuple[float, int]]] = {}
         for leader in gather_objects(self.parallel, own if self.parallel.is_leader else {}):

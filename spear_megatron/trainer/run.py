@@ -15,14 +15,14 @@ from spear_megatron.data.packing import row_key
 from spear_megatron.data.rows import group_rows, kl_penalties, masked_row, with_advantages
 from spear_megatron.parallel.agreement import gather_objects
 from spear_megatron.parallel.errors import RunError
-from spear_megatron.rollout.collect import Collected, Tasks, merge, num_groups, restrict
+from spear_megatron.rollout.collect import Collected, Tasks, merge
 from spear_megatron.trainer.deal import Deal, plan_deal
 from spear_megatron.trainer.frame import RunFrame
 from spear_megatron.trainer.imitation import NOTHING_REPLAYED, Replayed
 from spear_megatron.trainer.metrics import filter_metrics
 from spear_megatron.trainer.objective import ReplayTerm, UpdateKey
 from spear_megatron.trainer.parts import MiniBatch
-from spear_megatron.trainer.scoring import Scores, estimate, score
+from spear_megatron.trainer.scoring import GroupId, Scores, estimate, score
 from spear_megatron.types import Row, TrajectoryId
 
 
@@ -40,7 +40,7 @@ class Run(RunFrame):
         """This step's task groups, rolled out by the current policy.
 
         With ``algorithm.filter_groups`` (dynamic sampling) prompts are drawn until enough groups have rewards that
-        differ, or the allowed number of batches is spent; the other groups are dropped.
+        differ, or the allowed number of batches is spent. The others are kept for figures and statistics.
         """
         wanted, limit = self.settings.prompts_per_step, self.algorithm.filter_groups.max_num_gen_batches
         self._metrics["training/policy_version"] = float(step - 1)
@@ -48,12 +48,11 @@ class Run(RunFrame):
         if not self.algorithm.filter_groups.enable:
             return collected
         batches = 1
-        kept = self._informative(step, collected)
-        while (missing := wanted - num_groups(kept)) > 0 and batches < limit:
-            kept = merge(kept, self._informative(step, self._collect_batch(step, missing)))
+        while (missing := wanted - len(self._informative(step, collected.index))) > 0 and batches < limit:
+            collected = merge(collected, self._collect_batch(step, missing))
             batches += 1
         self._metrics["filter/gen_batches"] = float(batches)
-        return kept if num_groups(kept) else collected
+        return collected
 
     def _collect_batch(self, step: int, count: int) -> Collected:
         first = self.parts.prompts.position
@@ -68,14 +67,16 @@ class Run(RunFrame):
             )
         )
 
-    def _informative(self, step: int, collected: Collected) -> Collected:
-        scores = self._score(step, collected.index, ratio=1.0)
-        spread = group_spread({key: scores.rewards[key] for key in scores.counted})
-        return restrict(collected, informative_groups(spread))
+    def _informative(self, step: int, index: Sequence[IndexRow]) -> set[GroupId]:
+        scores = self._score(step, index, ratio=1.0)
+        return informative_groups(group_spread({key: scores.rewards[key] for key in scores.counted}))
 
     def score(self, step: int, index: Sequence[IndexRow]) -> Scores:
         """Shaped rewards, and what the filters leave to train on."""
         scores = self._score(step, index, ratio=self.settings.rollout_filter_ratio)
+        if self.algorithm.filter_groups.enable:
+            # Where no group tells anything all stay: their advantages are 0.
+            scores = replace(scores, groups=frozenset(self._informative(step, index)) or scores.groups)
         self._metrics.update(filter_metrics(index, scores))
         return scores
 
@@ -87,23 +88,27 @@ class Run(RunFrame):
 
     def select_replay(self, step: int, scores: Scores, index: Sequence[IndexRow]) -> Replayed:
         """Good trajectories of earlier steps, judged by today's baseline; nothing without self-imitation."""
-        if self.parts.imitation is None or not any(scores.trains_on(row.id) for row in index):
+        if self.parts.imitation is None:
             return NOTHING_REPLAYED
-        replayed = self.parts.imitation.select(
-            step, scores.mu, self.parts.curriculum.gamma(step), num_sampled=len(scores.rewards)
-        )
+        gamma = self.parts.curriculum.gamma(step)
+        self._metrics["spear/gamma"] = gamma
+        if not any(scores.trains_on(row.id) for row in index):
+            return replace(NOTHING_REPLAYED, gamma=gamma)
+        replayed = self.parts.imitation.select(step, scores.mu, gamma, num_sampled=len(scores.rewards))
         self._metrics.update(replayed.metrics)
         return replayed
 
     def deal(self, collected: Collected, scores: Scores, replayed: Replayed = NOTHING_REPLAYED) -> list[Row]:
         """Rows of the trajectories to train on, brought to the data-parallel rank that does, equal by tokens.
 
-        Filtered trajectories come with an empty mask. Replayed ones travel with them and wait for their mini-batch.
+        Filtered trajectories come with an empty mask, unless their KL is part of the reward: then they lose it with
+        :meth:`with_advantages`. Replayed ones travel with them and wait for their mini-batch.
         """
+        masked = {} if self.algorithm.use_kl_in_reward else scores.masked
         parallel, timeout_s = self.parts.parallel, self.trainer.collective_timeout_s
         self._deal = plan_deal(
             [row for row in collected.index if scores.trains_on(row.id)],
-            scores.masked.keys(),
+            masked.keys(),
             replayed.tokens,
             groups_per_mini_batch=self.settings.ppo_mini_batch_size,
             rows_per_mini_batch=self.settings.ppo_mini_batch_size * self.settings.samples_per_prompt,
@@ -112,7 +117,7 @@ class Run(RunFrame):
         )
         self._metrics["perf/imbalance"] = self._deal.imbalance
         own = [
-            masked_row(row) if row.trajectory in scores.masked else row
+            masked_row(row) if row.trajectory in masked else row
             for row in group_rows(collected.groups)
             if scores.trains_on(row.trajectory)
         ]
@@ -164,12 +169,16 @@ class Run(RunFrame):
         for leader in gather_objects(self.parts.parallel, own if self.parts.parallel.is_leader else {}):
             for key, value in leader.items():
                 penalties[key] = penalties.get(key, 0.0) + value
-        self._metrics["actor/reward_kl_penalty"] = sum(penalties.values()) / max(len(scores.rewards), 1)
+        self._metrics["actor/reward_kl_penalty"] = sum(penalties.values()) / max(len(penalties), 1)
         rewards = {key: reward - penalties.get(key, 0.0) for key, reward in scores.rewards.items()}
         return replace(scores, rewards=rewards)
 
     def with_advantages(self, rows: Sequence[Row], scores: Scores) -> list[Row]:
-        """Rows whose sampled tokens carry their trajectory's advantage, and their segment's with GiGPO."""
+        """Rows whose sampled tokens carry their trajectory's advantage, and their segment's with GiGPO.
+
+        Those of filtered trajectories carry no loss.
+        """
+        rows = [masked_row(row) if row.trajectory in scores.masked else row for row in rows]
         weight = self.algorithm.gigpo.step_advantage_w
         return with_advantages(rows, scores.advantages, scores.step_advantages, weight)
 

@@ -209,10 +209,11 @@ def reference(items: list[ReplayEntry], groups: list[Any], rule: ReplayRules, st
     rewards = {item.id: item.stored_reward if stored else item.base + mu * item.bonus for item in items}
     p50 = statistics.median(means) if means else (statistics.fmean(rewards.values()) if rewards else None)
     alone = statistics.stdev(rewards.values()) if len(rewards) > 1 else 0.0
-    scale = (statistics.median(stds) if stds else alone) + 1e-6 if rule.norm_by_std else 1.0
+    median = statistics.median(stds) if stds else alone
+    scale = median + 1e-6 if rule.norm_by_std and median else 1.0
     if 0 < rule.weight_decay <= 1:
         judged = {item.id: rule.weight_decay * item.advantage for item in items}
-        good = list(judged)
+        good = [key for key in judged if judged[key] > 0]
     else:
         judged = {key: (reward - p50) / scale for key, reward in rewards.items()}
         good = [key for key in judged if judged[key] > 0]
