@@ -7,6 +7,11 @@ import math
 _DIGITS = 9
 
 
+def share(ratio: float, count: int) -> float:
+    """ratio * count, where the product is meant as the decimal number that the ratio was written as."""
+    return round(ratio * count, _DIGITS)
+
+
 def floor_share(ratio: float, count: int) -> int:
-    """floor(ratio * count), where the product is meant as the decimal number that the ratio was written as."""
-    return math.floor(round(ratio * count, _DIGITS))
+    """The whole part of :func:`share`."""
+    return math.floor(share(ratio, count))

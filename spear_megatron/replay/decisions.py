@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from spear_megatron.algorithms.moments import deviations
 from spear_megatron.algorithms.recalibration import GroupStatistics, percentile, recalibrated_advantage
+from spear_megatron.algorithms.rounding import floor_share, share
 from spear_megatron.parallel.seeds import derive_key
 from spear_megatron.replay.config import ReplayConfig
 from spear_megatron.replay.entries import ReplayEntry
@@ -38,14 +39,14 @@ class ReplayRules:
     @property
     def trigger(self) -> float:
         """Trajectories that the buffer must count before anything is replayed."""
-        return _times(self.replay.trigger_ratio, self.buffer_size)
+        return share(self.replay.trigger_ratio, self.buffer_size)
 
     @property
     def capacity(self) -> int | None:
         """Most trajectories that are kept, at least one; None without a bound."""
         if self.replay.capacity_ratio == 0:
             return None
-        return max(math.floor(_times(self.replay.capacity_ratio, self.buffer_size)), 1)
+        return max(floor_share(self.replay.capacity_ratio, self.buffer_size), 1)
 
     @property
     def decays(self) -> bool:
@@ -195,11 +196,6 @@ def _sample(
         return -math.log((key + 1) * _UNIFORM) / max(item.advantage, 1e-12), item.entry.id
 
     return tuple(sorted(sorted(qualifying, key=order)[:count], key=lambda item: item.entry.id))
-
-
-def _times(ratio: float, size: int) -> float:
-    """Their product without the rounding error of a decimal ratio: 0.29 of 100 is 29."""
-    return round(ratio * size, 6)
 
 
 def _power_of_two(count: int) -> int:
