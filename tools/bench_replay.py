@@ -111,7 +111,7 @@ def steps_on_rank(size: Size, samples: int, folder: str) -> dict[str, float]:
 
 
 def exchange_on_rank(size: Size, samples: int) -> dict[str, list[float]]:
-    """Seconds per sample of the two ways to move a quarter of a step's trajectories."""
+    """Seconds per sample, until the last rank is done, of the two ways to move a quarter of a step's trajectories."""
     import torch.distributed as dist
 
     from spear_megatron.data.balance import assign
@@ -142,12 +142,12 @@ def exchange_on_rank(size: Size, samples: int) -> dict[str, list[float]]:
             dist.barrier(group=parallel.cpu_group)
             start = time.perf_counter()
             received = move()
-            dist.barrier(group=parallel.cpu_group)
-            elapsed = time.perf_counter() - start
+            elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            dist.all_reduce(elapsed, dist.ReduceOp.MAX, group=parallel.cpu_group)
             names = sorted(TrajectoryId(*record.fields["id"]) for record in received)
             assert names == [TrajectoryId(1, number // group, number % group) for number in wanted]
             if sample:  # the first one sets up connections
-                seconds[name].append(elapsed)
+                seconds[name].append(float(elapsed))
     return seconds
 
 

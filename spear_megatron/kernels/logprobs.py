@@ -13,7 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from spear_megatron.kernels import logprobs_compiled, logprobs_eager
 from spear_megatron.kernels.extension import missing_reason, warn_slow_path
-from spear_megatron.kernels.softmax_stats import VocabShard, merge_stats
+from spear_megatron.kernels.softmax_stats import (
+    VocabShard,
+    check_targets,
+    gather_stats,
+    merge_stats,
+    own_shard,
+    row_gradients,
+    saved_for_backward,
+)
 from spear_megatron.parallel.errors import RunError
 
 IMPLEMENTATIONS = ("auto", "compiled", "eager")
@@ -62,24 +70,13 @@ def token_logprobs(
         RunError: ``implementation="compiled"`` and the compiled kernels are missing or do not fit.
     """
     _check(logits, targets, temperature, implementation)
-    world = dist.get_world_size(group) if group is not None else 1
-    rank = dist.get_rank(group) if world > 1 else 0
-    vocab = logits.shape[1] * world
-    valid = vocab if valid_vocab is None else valid_vocab
-    if not 0 < valid <= vocab:
-        raise ValueError(f"valid_vocab={valid} must be between 1 and the {vocab} columns of the logits")
-    if targets.device.type == "cpu" and targets.numel() > 0:
-        low, high = (int(bound) for bound in targets.aminmax())
-        if low < 0 or high >= valid:
-            raise ValueError(f"targets must be token ids in [0, {valid}), found {low if low < 0 else high}")
+    shard, valid = own_shard(logits.shape[1], valid_vocab, group)
+    check_targets(targets, valid)
     if inplace_backward and 0 < logits.stride(0) < logits.shape[1]:
         raise ValueError("inplace_backward needs logits whose rows do not overlap; pass a contiguous tensor")
-    first = rank * logits.shape[1]
-    shard = VocabShard(first_column=first, columns=min(max(valid - first, 0), logits.shape[1]))
-    backend = _backend(logits, implementation)
+    backend = choose_backend(logits.dtype, logits.device, implementation)
     log_probs, entropy = _TokenLogprobs.apply(
-        logits, targets.contiguous(), shard, temperature, with_entropy, group if world > 1 else None, backend,
-        inplace_backward,
+        logits, targets.contiguous(), shard, temperature, with_entropy, group, backend, inplace_backward
     )  # fmt: skip
     return log_probs, entropy
 
@@ -96,34 +93,34 @@ def _check(logits: Tensor, targets: Tensor, temperature: float, implementation: 
             f"targets must be int64 [{logits.shape[0]}] on {logits.device}, "
             f"not {targets.dtype} {list(targets.shape)} on {targets.device}"
         )
+    check_settings(temperature, implementation)
+
+
+def check_settings(temperature: float, implementation: str) -> None:
+    """ValueError for a temperature or an implementation that does not exist."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature={temperature} must be finite and > 0")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def _backend(logits: Tensor, implementation: str) -> ModuleType:
-    """The module whose `row_stats` and `logits_grad` do the work."""
-    if implementation == "eager" or (implementation == "auto" and logits.device.type != "cpu"):
+def choose_backend(dtype: torch.dtype, device: torch.device, implementation: str) -> ModuleType:
+    """The module whose `row_stats` and `logits_grad` do the work on logits of that dtype and place.
+
+    Raises:
+        RunError: ``implementation="compiled"`` and the compiled kernels are missing or do not fit.
+    """
+    if implementation == "eager" or (implementation == "auto" and device.type != "cpu"):
         return logprobs_eager
     unfit = missing_reason()
-    if logits.device.type != "cpu" or logits.dtype not in logprobs_compiled.DTYPE_CODES:
-        unfit = f"no compiled token_logprobs for {logits.dtype} on {logits.device.type}"
+    if device.type != "cpu" or dtype not in logprobs_compiled.DTYPE_CODES:
+        unfit = f"no compiled token_logprobs for {dtype} on {device.type}"
     if not unfit:
         return logprobs_compiled
     if implementation == "compiled":
         raise RunError(unfit)
     warn_slow_path(unfit)
     return logprobs_eager
-
-
-def _gather(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Statistics of every shard in rank order, [num_shards, T, 4]; the same bits on every rank."""
-    if group is None:
-        return stats.unsqueeze(0)
-    parts = [torch.empty_like(stats) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, stats, group=group)
-    return torch.stack(parts)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -140,24 +137,17 @@ class _TokenLogprobs(torch.autograd.Function):
         inplace_backward: bool,
     ) -> tuple[Tensor, Tensor | None]:
         stats = backend.row_stats(logits, targets, shard, temperature, with_entropy)
-        result = merge_stats(_gather(stats, group), temperature)
-        entropy = result.entropy if with_entropy else torch.zeros_like(result.total)
-        saved = torch.stack((result.maximum, result.total, entropy), dim=1).to(stats.dtype)
-        ctx.save_for_backward(logits, targets, saved)
+        result = merge_stats(gather_stats(stats, group), temperature)
+        ctx.save_for_backward(logits, targets, saved_for_backward(result, with_entropy, stats.dtype))
         ctx.set_materialize_grads(False)
         ctx.shard, ctx.temperature, ctx.backend, ctx.inplace = shard, temperature, backend, inplace_backward
-        return result.log_probs.to(stats.dtype), entropy.to(stats.dtype) if with_entropy else None
+        return result.log_probs.to(stats.dtype), result.entropy.to(stats.dtype) if with_entropy else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, targets, saved = ctx.saved_tensors
-        row_grads = saved.new_zeros((saved.shape[0], 5))
-        row_grads[:, :3] = saved
-        if grad_log_probs is not None:
-            row_grads[:, 3] = grad_log_probs
-        if grad_entropy is not None:
-            row_grads[:, 4] = grad_entropy
+        row_grads = row_gradients(saved, grad_log_probs, grad_entropy)
         logits = logits.detach()
         out = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         ctx.backend.logits_grad(logits, targets, ctx.shard, ctx.temperature, row_grads, out)

@@ -22,7 +22,8 @@ from spear_megatron.data.packing import (
     unpack,
 )
 from spear_megatron.device.cpu_shim import megatron_on_cpu
-from spear_megatron.kernels import token_logprobs
+from spear_megatron.kernels import linear_token_logprobs
+from spear_megatron.model.head import HeadInput
 from spear_megatron.parallel.agreement import agree_any, gather_objects
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.trainer.config import ActorConfig
@@ -207,8 +208,8 @@ class Actor:
         with_entropy: bool,
         share: bool = False,
     ) -> tuple[StepFigures, float]:
-        def compute(logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
-            log_probs, entropy = self._token_log_probs(logits, batch, temperature, with_entropy, inplace_backward=True)
+        def compute(head: HeadInput, batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
+            log_probs, entropy = self._token_log_probs(head, batch, temperature, with_entropy)
             return loss(log_probs, entropy, batch)
 
         with megatron_on_cpu():
@@ -233,8 +234,8 @@ class Actor:
         ordered = sorted(rows, key=row_key)
         batch = self._pack([WeightedRow(row, torch.zeros(len(row.ids))) for row in ordered])
 
-        def read(logits: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
-            log_probs, entropy = self._token_log_probs(logits, micro_batch, self._temperature, with_entropy)
+        def read(head: HeadInput, micro_batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
+            log_probs, entropy = self._token_log_probs(head, micro_batch, self._temperature, with_entropy)
             mask = micro_batch.loss_mask
             sums, maxima = rollout_difference(log_probs[mask], micro_batch.rollout_log_probs[mask])
             sums["tokens"] = figure(mask)
@@ -248,23 +249,22 @@ class Actor:
         return unpack(batch, values, rows), figures
 
     def _token_log_probs(
-        self,
-        logits: torch.Tensor,
-        batch: MicroBatch,
-        temperature: float,
-        with_entropy: bool,
-        inplace_backward: bool = False,
+        self, head: HeadInput, batch: MicroBatch, temperature: float, with_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs and entropies of the micro-batch's sampled tokens, float32 [T], 0 elsewhere."""
         parallel = self._parallel
-        return token_logprobs(
-            logits,
+        return linear_token_logprobs(
+            head.hidden,
+            head.weight,
             batch.targets,
+            mask=batch.loss_mask,
             temperature=temperature,
             valid_vocab=self._valid_vocab,
             with_entropy=with_entropy,
             group=parallel.tp_group if parallel.tp_size > 1 else None,
+            sequence_parallel=self._config.megatron.sequence_parallel,
+            max_logits_bytes=self._config.max_logits_mb << 20,
             implementation=self._config.kernels,
-            inplace_backward=inplace_backward,
         )
 
     def _share_last_stage(self, values: Sequence[torch.Tensor], batch: TrainBatch) -> list[torch.Tensor]:

@@ -65,6 +65,8 @@ class ActorConfig:
         entropy_coeff: weight of the entropy bonus, the mean over sampled tokens.
         use_kl_loss, kl_loss_coef, kl_loss_type: KL to the initial weights in the loss, aggregated like the surrogate.
         kernels: ``auto`` takes the compiled kernels where they serve, ``eager`` plain torch.
+        max_logits_mb: the logits of a micro-batch's sampled tokens are kept for the backward pass up to so many MiB on
+            each rank; beyond it, slices of the vocabulary are computed twice (a quarter more time in the LM head).
         loss_rows: what a row of the seq-means is: a whole trajectory, or one segment of it.
         sum_norm_denominator: rows divides seq-mean-token-sum-norm by rows * length; micro_batch_share weighs a row by
             the rows of its micro-batch over those of the mini-batch, as the released code does (depends on packing).
@@ -98,6 +100,7 @@ class ActorConfig:
     kl_loss_coef: float = 0.001
     kl_loss_type: str = "low_var_kl"
     kernels: str = "auto"
+    max_logits_mb: int = 2048
     loss_rows: Literal["trajectory", "segment"] = "trajectory"
     sum_norm_denominator: Literal["rows", "micro_batch_share"] = "rows"
     old_log_prob: Literal["trainer", "rollout"] = "trainer"
@@ -118,7 +121,7 @@ class ActorConfig:
 
     def __post_init__(self) -> None:
         positive = ("trajectory_buffer_size", "max_replay_loss_steps", "baseline_buffer_size")
-        for name in ("ppo_mini_batch_size", "ppo_epochs", "ppo_max_token_len_per_gpu", *positive):
+        for name in ("ppo_mini_batch_size", "ppo_epochs", "ppo_max_token_len_per_gpu", "max_logits_mb", *positive):
             if getattr(self, name) < 1:
                 raise ValueError(f"{_PREFIX}.{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high"):

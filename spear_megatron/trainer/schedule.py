@@ -11,11 +11,12 @@ import torch
 
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.model.forward import packed_seq_params
+from spear_megatron.model.head import HeadInput, head_weight, without_head
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.types import MicroBatch, TrainBatch
 
-LogitsLoss = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, Any]]
-"""(logits [T, V / TP], micro-batch) -> (scalar loss, anything to hand back)."""
+HeadLoss = Callable[[HeadInput, MicroBatch], tuple[torch.Tensor, Any]]
+"""(input of the LM head, micro-batch) -> (scalar loss, anything to hand back)."""
 
 _TENSORS = (
     "tokens",
@@ -45,7 +46,7 @@ class _Item:
 def run_forward_backward(
     chunks: Sequence[torch.nn.Module],
     batch: TrainBatch,
-    loss: LogitsLoss,
+    loss: HeadLoss,
     parallel: ParallelState,
 ) -> list[Any]:
     """Forward and backward over all micro-batches, gradients finalized over all ranks.
@@ -57,8 +58,10 @@ def run_forward_backward(
         What ``loss`` handed back, by micro-batch, on the last pipeline stage; an empty list elsewhere.
     """
 
-    def loss_function(item: _Item, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        value, extra = loss(output.squeeze(0), item.batch)
+    def loss_function(
+        item: _Item, weight: torch.Tensor, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        value, extra = loss(HeadInput(output.squeeze(1), weight), item.batch)
         return value, torch.zeros((), dtype=torch.int, device=value.device), (item.index, extra)
 
     for chunk in chunks:
@@ -69,17 +72,17 @@ def run_forward_backward(
 def run_forward(
     chunks: Sequence[torch.nn.Module],
     batch: TrainBatch,
-    read: Callable[[torch.Tensor, MicroBatch], Any],
+    read: Callable[[HeadInput, MicroBatch], Any],
     parallel: ParallelState,
 ) -> list[Any]:
-    """Forward only, no gradients: what ``read(logits [T, V / TP], micro-batch)`` returns, by micro-batch.
+    """Forward only, no gradients: what ``read(input of the LM head, micro-batch)`` returns, by micro-batch.
 
     Returns:
         One value per micro-batch on the last pipeline stage; an empty list elsewhere.
     """
 
-    def collect(item: _Item, output: torch.Tensor, non_loss_data: bool = True) -> Any:
-        return item.index, read(output.squeeze(0), item.batch)
+    def collect(item: _Item, weight: torch.Tensor, output: torch.Tensor, non_loss_data: bool = True) -> Any:
+        return item.index, read(HeadInput(output.squeeze(1), weight), item.batch)
 
     for chunk in chunks:
         chunk.eval()
@@ -98,14 +101,17 @@ def _run(
 
     def forward_step(iterator: Iterator[_Item], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         item = next(iterator)
-        output = model(
-            input_ids=item.batch.tokens.unsqueeze(0),
-            position_ids=item.batch.position_ids.unsqueeze(0),
-            attention_mask=None,
-            packed_seq_params=item.packed,
-        )
-        return output, partial(loss_function, item)
+        with without_head(model):
+            output = model(
+                input_ids=item.batch.tokens.unsqueeze(0),
+                position_ids=item.batch.position_ids.unsqueeze(0),
+                attention_mask=None,
+                packed_seq_params=item.packed,
+            )
+        return output, partial(loss_function, item, weight)
 
+    # Every stage names one, the last uses it.
+    weight = head_weight(chunks[-1]) if parallel.is_last_stage else torch.empty(0)
     items = _items(batch, parallel.platform.device)
     with megatron_on_cpu():
         results = get_forward_backward_func()(

@@ -93,6 +93,15 @@ def kernels(config: Config, scratch: Path) -> Any:
     return [spy.called for spy in called]
 
 
+def logits_budget(config: Config, scratch: Path) -> Any:
+    """Bytes of logits that an update lets the LM head keep."""
+    import spear_megatron.trainer.actor as module
+
+    with mock.patch.object(module, "linear_token_logprobs", wraps=module.linear_token_logprobs) as spy:
+        one_update(config, scratch)
+    return sorted({call.kwargs["max_logits_bytes"] for call in spy.call_args_list})
+
+
 def optimizer_steps(config: Config, scratch: Path) -> Any:
     """Rows of every optimizer step of a scripted run."""
     return run_scripted(config).updates
@@ -121,6 +130,7 @@ OBSERVERS: Observers = {
     f"{_ACTOR}.ppo_epochs": Observer(optimizer_steps, ("1", "2")),
     f"{_ACTOR}.ppo_max_token_len_per_gpu": Observer(micro_batches, ("128", "16")),
     f"{_ACTOR}.kernels": Observer(kernels, ("auto", "eager")),
+    f"{_ACTOR}.max_logits_mb": Observer(logits_budget, ("2048", "1")),
     **dict(
         [
             _update("clip_ratio", "0.2", "0.1"),

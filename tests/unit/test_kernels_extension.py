@@ -30,9 +30,9 @@ def test_auto_takes_the_compiled_kernel_where_it_fits() -> None:
     assert report["compiled"] and report["reason"] == "" and report["isa"] == _C.isa()
     assert report["token_logprobs"] == {"cpu": "compiled", "cuda": "eager"}
     for dtype in (torch.float32, torch.bfloat16):
-        assert logprobs._backend(torch.zeros(1, 2, dtype=dtype), "auto") is logprobs_compiled
-    assert logprobs._backend(torch.zeros(1, 2), "eager") is logprobs_eager
-    assert logprobs._backend(torch.zeros(1, 2, device="meta"), "auto") is logprobs_eager
+        assert logprobs.choose_backend(dtype, torch.device("cpu"), "auto") is logprobs_compiled
+    assert logprobs.choose_backend(torch.float32, torch.device("cpu"), "eager") is logprobs_eager
+    assert logprobs.choose_backend(torch.float32, torch.device("meta"), "auto") is logprobs_eager
 
 
 def test_other_dtypes_warn_once_and_compiled_refuses_them() -> None:

@@ -1,0 +1,54 @@
+"""The LM head outside of the model: log-probs are computed from hidden states, without logits of unused rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInput:
+    """What the LM head of the last pipeline stage gets.
+
+    Attributes:
+        hidden: [T, H] after the last norm; under sequence parallelism this rank's [T / TP, H].
+        weight: [padded_vocab / TP, H], the head's (maybe the embedding's) parameter.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+
+
+def head_weight(chunk: torch.nn.Module) -> torch.Tensor:
+    """The LM head's weight of a last-stage chunk."""
+    model = _bare(chunk)
+    weight: torch.Tensor = (
+        model.shared_embedding_or_output_weight()
+        if model.share_embeddings_and_output_weights
+        else model.output_layer.weight
+    )
+    return weight
+
+
+@contextmanager
+def without_head(chunk: torch.nn.Module) -> Iterator[None]:
+    """In the context a forward pass of a last-stage chunk answers with hidden states [T, 1, H] instead of logits.
+
+    Megatron's GPTModel reads ``post_process`` when it decides whether to apply its output layer; the last norm belongs
+    to the decoder, which keeps its own flag.
+    """
+    model = _bare(chunk)
+    before, model.post_process = model.post_process, False
+    try:
+        yield
+    finally:
+        model.post_process = before
+
+
+def _bare(chunk: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
