@@ -2,6 +2,9 @@
 
     python tools/bench_kernels.py --rows 4096 --vocab 32000 --json outputs/bench/kernels.json
 
+Peers: torch's own operations, the log-prob and entropy class of vocabulary-parallel trainers that keep the softmax in
+fp32, and megatron-core's cross-entropy (which knows no entropy).
+
 Every contender is called once per round, so that a disturbance hits all of them alike. The ratios are medians over the
 rounds of (contender / kernel) within one round. Run it on an otherwise idle machine.
 """
@@ -9,6 +12,7 @@ rounds of (contender / kernel) within one round. Run it on an otherwise idle mac
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -18,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 WARM_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 KERNEL, KERNEL_INPLACE = "kernel", "kernel, in-place backward"
@@ -65,6 +71,53 @@ def cross_entropy(logits: Any, targets: Any) -> tuple[Any, Any]:
     return -torch.nn.functional.cross_entropy(logits, targets, reduction="none"), None
 
 
+def stored_softmax() -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Log-prob and entropy whose backward pass reads a stored fp32 softmax, as vocabulary-parallel trainers do."""
+    import torch
+
+    class StoredSoftmax(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Any, targets: Any) -> tuple[Any, Any]:
+            x = logits.float()
+            x = x - x.max(dim=-1, keepdim=True).values
+            exponentials = x.exp()
+            total = exponentials.sum(-1, keepdim=True)
+            softmax = exponentials.div_(total)
+            log_total = total.log().squeeze(1)
+            entropy = log_total - (softmax * x).sum(-1)
+            log_probs = x.gather(1, targets[:, None]).squeeze(1) - log_total
+            ctx.save_for_backward(softmax, x, targets, log_total, entropy)
+            ctx.dtype = logits.dtype
+            return log_probs, entropy
+
+        @staticmethod
+        def backward(ctx: Any, grad_log_probs: Any, grad_entropy: Any) -> tuple[Any, None]:
+            softmax, x, targets, log_total, entropy = ctx.saved_tensors
+            grad = -softmax * grad_log_probs[:, None]
+            grad.scatter_add_(1, targets[:, None], grad_log_probs[:, None])
+            grad -= grad_entropy[:, None] * softmax * (x - (log_total - entropy)[:, None])
+            return grad.to(ctx.dtype), None
+
+    return StoredSoftmax.apply
+
+
+@functools.cache
+def megatron_cross_entropy() -> Callable[[Any, Any], tuple[Any, Any]]:
+    """megatron-core's vocabulary-parallel cross-entropy, in a tensor-parallel group of one."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from spear_megatron.device.cpu_shim import megatron_on_cpu
+    from spear_megatron.parallel.state import initialize
+
+    initialize(timeout_s=60)
+
+    def cross_entropy_of(logits: Any, targets: Any) -> tuple[Any, Any]:
+        with megatron_on_cpu():
+            return -vocab_parallel_cross_entropy(logits.unsqueeze(1), targets.unsqueeze(1)).squeeze(1), None
+
+    return cross_entropy_of
+
+
 def contenders(with_entropy: bool, compile_too: bool) -> dict[str, Callable[[Any, Any], tuple[Any, Any]]]:
     """Name -> function of (logits, targets) that returns log-probs and entropy or None."""
     import torch
@@ -87,6 +140,10 @@ def contenders(with_entropy: bool, compile_too: bool) -> dict[str, Callable[[Any
         KERNEL: kernel, KERNEL_INPLACE: kernel_inplace, "torch eager": torch_formula, "eager implementation": ours_eager
     }  # fmt: skip
     found["F.cross_entropy" + (" (no entropy)" if with_entropy else "")] = cross_entropy
+    if with_entropy:
+        found["stored softmax"] = stored_softmax()
+    else:
+        found["megatron"] = megatron_cross_entropy()
     if compile_too:
         found["torch.compile"] = torch.compile(torch_formula)
     return found
