@@ -54,13 +54,14 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Everything a study file says."""
+    """Everything a study file says; ``notes`` is a text by hand that the report quotes."""
 
     arms: Mapping[str, Arm]
     tasks: Mapping[str, Task]
     baselines: tuple[str, ...]
     sweep_arm: str | None = None
     sweep: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +101,15 @@ def load_study(path: Path) -> Study:
         tasks = {name: _task(name, part, path.parent) for name, part in raw["tasks"].items()}
         sweep = raw.get("sweep") or {}
         variants = {name: _flat(part) for name, part in (sweep.get("variants") or {}).items()}
+        notes = raw.get("notes")
         study = Study(
-            arms=arms, tasks=tasks, baselines=tuple(raw["baselines"]), sweep_arm=sweep.get("arm"), sweep=variants
-        )
+            arms=arms, tasks=tasks, baselines=tuple(raw["baselines"]), sweep_arm=sweep.get("arm"), sweep=variants,
+            notes=None if notes is None else Path(os.path.abspath(path.parent / notes)),
+        )  # fmt: skip
     except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a study file: {type(error).__name__}: {error}") from error
+    if study.notes is not None and not study.notes.is_file():
+        raise ValueError(f"{path}: notes names {study.notes}, which does not exist")
     unknown = [name for name in (*study.baselines, *filter(None, [study.sweep_arm])) if name not in arms]
     if unknown:
         raise ValueError(f"{path}: {', '.join(unknown)} not among the arms {', '.join(arms)}")

@@ -28,7 +28,7 @@ from spear_megatron.evaluation.study import (
 
 INTRODUCTION = """# Comparison of training methods
 
-Written by `tools/study.py` from the records of its runs; do not edit by hand.
+Written by `tools/study.py` from the records of its runs; do not edit by hand.{notes}
 
 All arms of a task start from the same cold-started model and see the same held-out problems. A run goes on until it
 has sampled the same number of tokens in training (evaluation is not counted), and all figures are taken at that budget,
@@ -56,7 +56,8 @@ def write_report(
     study: Study, tasks: Sequence[Task], out: Path, docs: Path, frozen: Mapping[str, Mapping[str, float]]
 ) -> Path:
     """Write ``docs``/study.md and the figures of every task that has finished runs; returns the page's path."""
-    parts, seeds = [INTRODUCTION, _arms_table(study)], 0
+    notes = f" The section of notes is quoted from `{study.notes.name}`." if study.notes else ""
+    parts, seeds = [INTRODUCTION.format(notes=notes), _arms_table(study)], 0
     for task in tasks:
         runs = finished_runs(study, out / task.name / "runs")
         seeds = max([seeds, *(run.seed for run in runs)])
@@ -64,6 +65,8 @@ def write_report(
         sweep = _sweep_table(study, task, out / task.name / "sweep")
         if sweep:
             parts.append(sweep)
+    if study.notes is not None:
+        parts.append(study.notes.read_text(encoding="utf-8"))
     parts.append(REPRODUCE.format(seeds=max(seeds, 1)))
     docs.mkdir(parents=True, exist_ok=True)
     page = docs / "study.md"
