@@ -62,9 +62,10 @@ def write_report(
         runs = finished_runs(study, out / task.name / "runs")
         seeds = max([seeds, *(run.seed for run in runs)])
         parts.append(_task_section(study, task, runs, docs, frozen.get(task.name, {})))
-        sweep = _sweep_table(study, task, out / task.name / "sweep")
-        if sweep:
-            parts.append(sweep)
+        tables = (
+            _tuning_table(study, task, out / task.name / "tune"), _sweep_table(study, task, out / task.name / "sweep")
+        )  # fmt: skip
+        parts += [table for table in tables if table]
     if study.notes is not None:
         parts.append(study.notes.read_text(encoding="utf-8"))
     parts.append(REPRODUCE.format(seeds=max(seeds, 1)))
@@ -160,6 +161,33 @@ def _mechanism_table(found: Mapping[str, Outcome], titles: Mapping[str, str]) ->
     for arm, outcome in found.items():
         cells = [_figure(outcome.mechanisms[name]) for name in names]
         lines.append(f"| {titles[arm]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _tuning_table(study: Study, task: Task, root: Path) -> str:
+    """Success and area of every arm at every learning rate of the grid, at the tokens that all these runs reached."""
+    folders = {(arm, lr): root / f"{arm}-lr{lr:g}" for arm in study.arms for lr in task.learning_rates}
+    runs = {
+        key: [Run(key[0], 0, record_of(path.parent)) for path in sorted(folder.glob(f"seed_*/{DONE_NAME}"))]
+        for key, folder in folders.items()
+    }
+    every = [run for part in runs.values() for run in part]
+    if not every:
+        return ""
+    budget = min(common_budget(every), task.token_budget)
+    rates = task.learning_rates
+    lines = [
+        f"The runs that chose the learning rates, success (area) at {budget:,.0f} tokens; their seeds are not those of "
+        "the study, and no statement about differences follows from one seed:\n",
+        f"| arm | {' | '.join(f'{lr:g}' for lr in rates)} |", f"| --- |{' --- |' * len(rates)}",
+    ]  # fmt: skip
+    for arm in study.arms:
+        cells = []
+        for lr in rates:
+            curves = [token_curve(run.record, SUCCESS) for run in runs[(arm, lr)]]
+            means = [mean_interval([of(curve, budget) for curve in curves]) for of in (value_at, area_under) if curves]
+            cells.append(f"{100 * means[0].mean:.1f} % ({100 * means[1].mean:.1f})" if means else "–")
+        lines.append(f"| {study.arms[arm].title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
