@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -234,12 +235,16 @@ def test_report_claims_what_the_intervals_show(study_file: Path, tmp_path: Path)
         finished(out / "easy/runs/grpo" / f"seed_{seed}", 0.0, 0.2 + luck)
         finished(out / "easy/runs/other" / f"seed_{seed}", 0.0, 0.6 + 1.1 * luck, **{"cov/selected": 0.0})
     finished(out / "easy/sweep/still/seed_1", 0.0, 0.0, **{"replay/ratio_mean": 1.0})
+    finished(out / "easy/tune/other-lr0.0003/seed_101", 0.0, 0.4)
+    (tmp_path / "notes.md").write_text("## What was found\n")
+    study = dataclasses.replace(study, notes=tmp_path / "notes.md")
     page = report.write_report(study, list(study.tasks.values()), out, tmp_path / "docs", {"easy": {"grpo": 5e-4}})
     text = page.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| Other")]
     assert any(row.count("higher") == 2 and "| 3 |" in row for row in rows)
     assert "budget 300 sampled tokens" in text and "| GRPO | 0.0005 | 3 | 18.8 [" in text
     assert "covariance tokens" in text and "| still | `lr=1e-09` | 300 | 0.0 % | 0.0 % | – | 1 |" in text
+    assert "| Other | – | 30.0 % (15.0) |" in text and "## What was found\n" in text
     for image in ("study_easy.png", "study_easy_mechanisms.png"):
         assert (tmp_path / "docs/images" / image).read_bytes().startswith(b"\x89PNG") and f"images/{image}" in text
 
@@ -252,6 +257,12 @@ def test_report_of_two_seeds_claims_nothing(study_file: Path, tmp_path: Path) ->
     text = report.write_report(study, list(study.tasks.values()), out, tmp_path / "docs", {}).read_text()
     tables = text.partition("## Easy")[2]
     assert "too few seeds" in tables and "| higher |" not in tables
+
+
+def test_missing_notes_are_refused_before_anything_runs(study_file: Path) -> None:
+    study_file.write_text(yaml.safe_dump({**STUDY, "notes": "nowhere.md"}))
+    with pytest.raises(ValueError, match=r"notes names .*nowhere\.md, which does not exist"):
+        plan.load_study(study_file)
 
 
 def test_tuning_freezes_the_best_rate(
