@@ -120,7 +120,7 @@ def select_tokens(
         columns.insert(0, -(columns[3] - mean_advantage) * (columns[4] - mean_log_prob))
     chosen = np.zeros(len(tokens.values.keys), dtype=bool)
     chosen[found.places] = smallest_across(columns, k, gather)
-    counts = np.sum(gather(np.array([found.count, chosen.sum(), found.near_bound])), axis=0).tolist()
+    counts = np.sum(gather(np.array([found.num_candidates, chosen.sum(), found.num_near_bound])), axis=0).tolist()
     return Selection(
         masks=list(torch.from_numpy(chosen).split(tokens.lengths)) if rows else [],
         num_tokens=num_tokens,
@@ -148,7 +148,8 @@ class _Tokens:
             if not length == len(row.old_log_probs) == len(row.advantages) == len(row.keys):
                 raise ValueError("A row's log_probs, old_log_probs, advantages and keys must have one length.")
         if not rows:
-            return cls(CovTokens(*np.zeros((3, 0), dtype=np.float32), np.zeros(0, dtype=np.int64)), [])
+            nothing = np.zeros(0, dtype=np.float32)
+            return cls(CovTokens(nothing, nothing, nothing, np.zeros(0, dtype=np.int64)), [])
         names = ("log_probs", "old_log_probs", "advantages")
         parts = [_joined([getattr(row, name) for row in rows]).float() for name in names]
         if any(part.device.type != "cpu" for part in parts):

@@ -64,13 +64,13 @@ class Candidates(NamedTuple):
     """What :func:`cov_candidates` finds.
 
     Attributes:
-        count: number of candidates.
-        near_bound: tokens (candidates or not) whose covariance is within 1e-5 of lb or ub.
+        num_candidates: how many there are.
+        num_near_bound: tokens (candidates or not) whose covariance is within 1e-5 of lb or ub.
         places: int64, ascending; the k candidates that come first, and all that tie with the last of them.
     """
 
-    count: int
-    near_bound: int
+    num_candidates: int
+    num_near_bound: int
     places: NDArray[np.int64]
 
 

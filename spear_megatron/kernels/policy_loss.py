@@ -133,7 +133,8 @@ class _CompiledPolicyLoss(torch.autograd.Function):
 def _eager(tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, PolicySums]:
     if tokens.mask is not None:
         mask = tokens.mask
-        tokens = PolicyTokens(*(None if value is None else value[mask] for value in tokens[:-1]), mask=None)
+        used = [None if value is None else value[mask] for value in tokens[:-1]]
+        tokens = PolicyTokens._make([*used, None])
     policy = token_surrogate(
         settings.mode,
         tokens.log_probs,
@@ -147,7 +148,6 @@ def _eager(tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, Poli
     )
     loss = -(tokens.token_weight.detach() * policy.surrogate).sum(dtype=torch.float64)
     ratio = policy.log_ratio.double().exp()
-    counted = (policy.clipped, policy.dual_clipped, policy.log_ratio, ratio)
-    largest = ratio.max() if len(ratio) else ratio.sum()
-    sums = PolicySums(loss.detach(), *(value.sum(dtype=torch.float64) for value in counted), largest)
-    return loss.to(tokens.log_probs.dtype), sums
+    summed = [value.sum(dtype=torch.float64) for value in (policy.clipped, policy.dual_clipped, policy.log_ratio)]
+    largest = ratio.max() if len(ratio) else torch.zeros_like(loss)
+    return loss.to(tokens.log_probs.dtype), PolicySums._make([loss.detach(), *summed, ratio.sum(), largest.detach()])

@@ -130,7 +130,7 @@ def _surrogate_loss(
     batch: MicroBatch,
     prefix: str,
 ) -> tuple[torch.Tensor, PolicySums, Sums]:
-    selected, sums = batch.selected, {}
+    selected, sums = batch.selected, Sums()
     if rule.draw is not None:
         selected, sums = _draw(rule, mask, log_probs, old_log_probs, batch, prefix)
     loss, policy = policy_loss(

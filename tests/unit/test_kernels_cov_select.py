@@ -77,7 +77,7 @@ def test_exactly_the_k_first_of_many(count: int, k: int, by_covariance: bool) ->
     if by_covariance:
         order = -(tokens.advantages[everything].astype(float) - 0.1) * (tokens.log_probs[everything] - -1.5)
     assert found.places.tolist() == sorted(everything[np.argsort(order, kind="stable")[:k]].tolist())
-    assert len(found.places) == min(k, found.count) and found.count == len(everything)
+    assert len(found.places) == min(k, found.num_candidates) and found.num_candidates == len(everything)
 
 
 @pytest.mark.parametrize("low_bits", [1, 9, 10, 11, 20, 63])
