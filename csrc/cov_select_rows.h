@@ -43,10 +43,23 @@ SPEAR_INLINE void judge_tokens(const float* log_probs, const float* old_log_prob
            ((covariance >= v.near_ub[0]) & (covariance <= v.near_ub[1]));
 }
 
+// Appends the places of the candidates among kHalfWidth tokens of the block, without a branch that depends on them: it
+// may write kHalfWidth places, which is no more than there is room for.
 SPEAR_INLINE void collect(Long candidates, Long near, int64_t position, CovBlock& block) {
-    for (unsigned bits = lane_bits(candidates); bits != 0; bits &= bits - 1) {
-        block.places[block.candidates++] = position + __builtin_ctz(bits);
+    int64_t* places = block.places + block.candidates;
+    const unsigned bits = lane_bits(candidates);
+#if SPEAR_WIDTH == 16
+    const Long lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    const __m512i packed = _mm512_maskz_compress_epi64(static_cast<__mmask8>(bits), (__m512i)(lanes + position));
+    __builtin_memcpy(places, &packed, sizeof(packed));
+#else
+    int64_t count = 0;
+    for (int64_t lane = 0; lane < kHalfWidth; ++lane) {
+        places[count] = position + lane;
+        count += (bits >> lane) & 1u;
     }
+#endif
+    block.candidates += __builtin_popcount(bits);
     block.near += __builtin_popcount(lane_bits(near));
 }
 
@@ -73,8 +86,10 @@ static void cov_block(const CovInputs& inputs, int64_t start, int64_t stop, cons
         columns[2][k] = inputs.advantages[i + k];
     }
     judge_tokens(columns[0], columns[1], columns[2], v, candidates, near);
-    for (int64_t k = stop - i; k < kHalfWidth; ++k) candidates[k] = near[k] = 0;
-    collect(candidates, near, i, block);
+    for (int64_t k = 0; i + k < stop; ++k) {
+        if (candidates[k]) block.places[block.candidates++] = i + k;
+        if (near[k]) ++block.near;
+    }
 }
 
 // Sum in double over kSumLanes interleaved sums, which are then folded in halves: the order is the definition.

@@ -120,7 +120,8 @@ def select_tokens(
         columns.insert(0, -(columns[3] - mean_advantage) * (columns[4] - mean_log_prob))
     chosen = np.zeros(len(tokens.values.keys), dtype=bool)
     chosen[found.places] = smallest_across(columns, k, gather)
-    counts = np.sum(gather(np.array([found.num_candidates, chosen.sum(), found.num_near_bound])), axis=0).tolist()
+    own = [found.num_candidates, np.count_nonzero(chosen), found.num_near_bound]
+    counts = np.sum(gather(np.array(own)), axis=0).tolist()
     return Selection(
         masks=list(torch.from_numpy(chosen).split(tokens.lengths)) if rows else [],
         num_tokens=num_tokens,
