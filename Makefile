@@ -34,6 +34,7 @@ bench: setup  ## every benchmark of the README, one after the other
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_engine.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_trainer.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_kernels.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_policy_loss.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_sandbox.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_replay.py
 

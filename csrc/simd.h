@@ -92,3 +92,59 @@ SPEAR_INLINE Float exp2_nonpositive(Float x) {
     p = p * f + 1.0f;
     return (Float)((Int)p + ((Int)shifted << 23));
 }
+
+// e^x for -87 <= x <= 88, relative error below 1.5e-7, exactly 1 at 0; NaN gives NaN. The argument is reduced by
+// multiples of log 2 in two parts, the first of few bits so that its products are exact; (e^r - 1 - r) / r^2 is a
+// minimax polynomial on |r| <= log(2) / 2.
+SPEAR_INLINE Float exponential(Float x) {
+    const Float magic = broadcast(12582912.0f);
+    const Float shifted = x * 1.4426950409f + magic;
+    const Float n = shifted - magic;
+    const Float r = (x - n * 0.693359375f) - n * -2.1219444005e-04f;
+    Float p = broadcast(1.3814462582e-03f);
+    p = p * r + 8.3687808365e-03f;
+    p = p * r + 4.1668392718e-02f;
+    p = p * r + 1.6666519642e-01f;
+    p = p * r + 4.9999994040e-01f;
+    p = p * (r * r) + r + 1.0f;
+    const Float result = (Float)((Int)p + ((Int)shifted << 23));
+    return x == x ? result : x;
+}
+
+// The lanes of a vector of floats as two vectors of doubles.
+typedef double Double __attribute__((vector_size(4 * SPEAR_WIDTH)));
+typedef float Half __attribute__((vector_size(2 * SPEAR_WIDTH)));
+
+SPEAR_INLINE Double widened(Half value) {
+#if SPEAR_WIDTH == 16
+    return (Double)_mm512_maskz_cvtps_pd(0xff, (__m256)value);
+#else
+    return __builtin_convertvector(value, Double);
+#endif
+}
+
+struct DoubleSums {
+    Double low = {};
+    Double high = {};
+
+    SPEAR_METHOD void add(Float value) {
+        Half halves[2];
+        __builtin_memcpy(halves, &value, sizeof(value));
+        low += widened(halves[0]);
+        high += widened(halves[1]);
+    }
+    SPEAR_METHOD double total() const {
+        const Double both = low + high;
+        double sum = 0;
+        for (int64_t lane = 0; lane < kWidth / 2; ++lane) sum += both[lane];
+        return sum;
+    }
+};
+
+// Booleans of torch as a mask.
+SPEAR_INLINE Int load_mask(const uint8_t* source) {
+    typedef int8_t Bytes __attribute__((vector_size(SPEAR_WIDTH)));
+    Bytes bytes;
+    __builtin_memcpy(&bytes, source, sizeof(bytes));
+    return __builtin_convertvector(bytes, Int) != 0;
+}

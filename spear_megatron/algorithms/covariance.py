@@ -16,10 +16,9 @@ import torch
 
 from spear_megatron.algorithms.draw import Gather, smallest_across
 from spear_megatron.algorithms.rounding import floor_share
+from spear_megatron.kernels.cov_select import CovJudge, CovTokens, cov_candidates, covariances, row_sums, token_keys
 
-_LOG_RATIO_LIMIT = 20.0
-_NEAR = 1e-5
-_WORD = (1 << 64) - 1
+__all__ = ["ClipCovRule", "KlCovRule", "Selection", "TokenSet", "select_tokens", "token_keys"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +85,11 @@ class Selection:
     mean_log_prob: float
 
 
-def token_keys(base: int, count: int) -> torch.Tensor:
-    """Keys of the positions 0 to ``count`` - 1 of a row: splitmix64 (Steele et al. 2014) of base + position.
-
-    Args:
-        base: 64-bit key of what the row is (seed, step, update, trajectory, segment), never of where it is.
-
-    Returns:
-        int64 [count], distinct.
-    """
-    word = np.arange(count, dtype=np.uint64) + np.uint64((base + 0x9E3779B97F4A7C15) & _WORD)
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy((word ^ (word >> np.uint64(31))).view(np.int64))
-
-
 def select_tokens(
-    rows: Sequence[TokenSet], rule: ClipCovRule | KlCovRule, gather: Gather = lambda own: [own]
+    rows: Sequence[TokenSet],
+    rule: ClipCovRule | KlCovRule,
+    gather: Gather = lambda own: [own],
+    implementation: str = "auto",
 ) -> Selection:
     """Choose tokens among the rows of all data-parallel ranks; every rank calls this with its own rows.
 
@@ -111,37 +98,38 @@ def select_tokens(
         rule: how to choose.
         gather: values of all ranks, small arrays (all covariances once if bounds are quantiles). The default decides
             within these rows alone, as the released code does per micro-batch.
+        implementation: of the local part, see :func:`cov_candidates`; no effect on what is chosen.
 
     Raises:
         ValueError: a row's tensors differ in length, or two rows share their keys.
     """
     tokens = _Tokens.of(rows)
-    num_tokens, mean_advantage, mean_log_prob = _means(tokens, gather)
-    with np.errstate(invalid="ignore", over="ignore"):
-        covariance = (tokens.advantages - mean_advantage) * (tokens.log_probs - mean_log_prob)
+    num_tokens, mean_advantage, mean_log_prob = _means(tokens, gather, implementation)
     k = max(floor_share(rule.ratio, num_tokens), 1) if rule.ratio > 0 and num_tokens else 0
-    columns = [tokens.keys, tokens.row_keys, tokens.positions, tokens.advantages, tokens.log_probs]
-    lb, ub = -math.inf, math.inf
-    candidates = np.isfinite(covariance)
-    near = np.zeros(len(covariance), dtype=bool)
+    judge = CovJudge(mean_advantage, mean_log_prob)
     if isinstance(rule, ClipCovRule):
-        lb, ub = (rule.lb, rule.ub) if rule.quantiles is None else _quantiles(covariance, rule.quantiles, gather)
-        candidates &= ~_ppo_clipped(tokens, rule) & (covariance > lb) & (covariance < ub)
-        near = (np.abs(covariance - lb) <= _NEAR) | (np.abs(covariance - ub) <= _NEAR)
-    else:
-        columns.insert(0, -covariance)
-    places = np.flatnonzero(candidates)
-    chosen = np.zeros(len(covariance), dtype=bool)
-    chosen[places] = smallest_across([column[places] for column in columns], k, gather)
-    counts = np.sum(gather(np.array([candidates.sum(), chosen.sum(), near.sum()])), axis=0).tolist()
+        lb, ub = rule.lb, rule.ub
+        if rule.quantiles is not None:
+            lb, ub = _quantiles(covariances(tokens.values, mean_advantage, mean_log_prob), rule.quantiles, gather)
+        judge = CovJudge(mean_advantage, mean_log_prob, lb, ub, rule.clip_ratio_low, rule.clip_ratio_high)
+    # One more than can be chosen: it shows whether equal tokens stand at the border.
+    by_covariance = isinstance(rule, KlCovRule)
+    found = cov_candidates(tokens.values, judge, k + 1, by_covariance=by_covariance, implementation=implementation)
+    columns = tokens.columns(found.places)
+    if by_covariance:
+        columns.insert(0, -(columns[3] - mean_advantage) * (columns[4] - mean_log_prob))
+    chosen = np.zeros(len(tokens.values.keys), dtype=bool)
+    chosen[found.places] = smallest_across(columns, k, gather)
+    own = [found.num_candidates, np.count_nonzero(chosen), found.num_near_bound]
+    counts = np.sum(gather(np.array(own)), axis=0).tolist()
     return Selection(
         masks=list(torch.from_numpy(chosen).split(tokens.lengths)) if rows else [],
         num_tokens=num_tokens,
         num_candidates=counts[0],
         num_selected=counts[1],
         num_near_bound=counts[2],
-        lb=lb,
-        ub=ub,
+        lb=judge.lb,
+        ub=judge.ub,
         mean_advantage=mean_advantage,
         mean_log_prob=mean_log_prob,
     )
@@ -149,14 +137,9 @@ def select_tokens(
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """All tokens of this rank, rows back to back: float64 [m], int64 [m]; log_ratio is float32, as in the loss."""
+    """All tokens of this rank, rows back to back."""
 
-    log_probs: np.ndarray
-    log_ratio: np.ndarray
-    advantages: np.ndarray
-    keys: np.ndarray
-    row_keys: np.ndarray
-    positions: np.ndarray
+    values: CovTokens
     lengths: list[int]
 
     @classmethod
@@ -165,33 +148,35 @@ class _Tokens:
         for row, length in zip(rows, lengths, strict=True):
             if not length == len(row.old_log_probs) == len(row.advantages) == len(row.keys):
                 raise ValueError("A row's log_probs, old_log_probs, advantages and keys must have one length.")
-        floats = np.zeros((3, 0), dtype=np.float32)
-        keys = np.zeros(0, dtype=np.int64)
-        if rows:
-            # One copy from the device for everything.
-            fields = ("log_probs", "old_log_probs", "advantages")
-            parts = [torch.cat([getattr(row, name) for row in rows]).detach().float() for name in fields]
-            floats = torch.stack(parts).cpu().numpy()
-            keys = torch.cat([row.keys for row in rows]).cpu().numpy()
-        starts = np.cumsum([0, *lengths[:-1]]) if lengths else np.zeros(0, dtype=np.int64)
-        first = [keys[start] if length else 0 for start, length in zip(starts, lengths, strict=True)]
-        return cls(
-            log_probs=floats[0].astype(np.float64),
-            log_ratio=floats[0] - floats[1],
-            advantages=floats[2].astype(np.float64),
-            keys=keys,
-            row_keys=np.repeat(np.array(first, dtype=np.int64), lengths),
-            positions=np.arange(len(keys)) - np.repeat(starts, lengths),
-            lengths=lengths,
-        )
+        if not rows:
+            nothing = np.zeros(0, dtype=np.float32)
+            return cls(CovTokens(nothing, nothing, nothing, np.zeros(0, dtype=np.int64)), [])
+        names = ("log_probs", "old_log_probs", "advantages")
+        parts = [_joined([getattr(row, name) for row in rows]).float() for name in names]
+        if any(part.device.type != "cpu" for part in parts):
+            parts = list(torch.stack(parts).cpu())  # one copy from the device for everything
+        keys = _joined([row.keys for row in rows]).cpu()
+        return cls(CovTokens(*(part.contiguous().numpy() for part in (*parts, keys))), lengths)
+
+    def columns(self, places: np.ndarray) -> list[np.ndarray]:
+        """What orders the tokens at ``places``: key, key of the row, position in it, advantage and log-prob."""
+        lengths = np.array(self.lengths, dtype=np.int64)
+        ends = np.cumsum(lengths)
+        starts = (ends - lengths)[np.searchsorted(ends, places, side="right")]
+        keys, values = self.values.keys, self.values
+        doubles = [column[places].astype(np.float64) for column in (values.advantages, values.log_probs)]
+        return [keys[places], keys[starts], places - starts, *doubles]
 
 
-def _means(tokens: _Tokens, gather: Gather) -> tuple[int, float, float]:
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).detach()
+
+
+def _means(tokens: _Tokens, gather: Gather, implementation: str) -> tuple[int, float, float]:
     """(tokens, mean advantage, mean log-prob) over all ranks. Rows are added exactly: order has no effect."""
-    ends = np.cumsum(tokens.lengths, dtype=np.int64)
-    spans = [slice(end - length, end) for end, length in zip(ends, tokens.lengths, strict=True)]
-    own = np.array([[s.stop - s.start, tokens.advantages[s].sum(), tokens.log_probs[s].sum()] for s in spans])
-    sums = np.concatenate(gather(own.reshape(-1, 3)))
+    values = (tokens.values.advantages, tokens.values.log_probs)
+    own = [row_sums(column, tokens.lengths, implementation=implementation) for column in values]
+    sums = np.concatenate(gather(np.column_stack([np.array(tokens.lengths, dtype=np.float64), *own])))
     count = int(sums[:, 0].sum())
     if count == 0:
         return 0, 0.0, 0.0
@@ -207,11 +192,3 @@ def _quantiles(covariance: np.ndarray, quantiles: tuple[float, float], gather: G
         return 0.0, 0.0
     lower, upper = np.quantile(everything, quantiles)
     return float(lower), float(upper)
-
-
-def _ppo_clipped(tokens: _Tokens, rule: ClipCovRule) -> np.ndarray:
-    """Where clip(r) A < r A. Compared as logarithms: an exponential's last bit may depend on the array around it."""
-    log_ratio = np.clip(tokens.log_ratio, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).astype(np.float64)
-    upper = math.log1p(rule.clip_ratio_high)
-    lower = math.log1p(-rule.clip_ratio_low) if rule.clip_ratio_low < 1 else -math.inf
-    return ((tokens.advantages > 0) & (log_ratio > upper)) | ((tokens.advantages < 0) & (log_ratio < lower))

@@ -26,28 +26,48 @@ def smallest_across(columns: Sequence[np.ndarray], k: int, gather: Gather) -> np
     Raises:
         ValueError: two items equal in every column stand at the border, so that nothing can decide between them.
     """
-    own = _smallest(columns, k + 1)
+    own = _first(columns, k + 1)
     sent = [column[own] for column in columns]
     merged = [np.concatenate(parts) for parts in zip(*gather(sent), strict=True)]
-    order = _smallest(merged, k + 1)
     chosen = np.zeros(len(columns[0]), dtype=bool)
-    if k == 0 or len(order) == 0:
+    if k == 0 or len(merged[0]) <= k:
+        chosen[own] = k > 0
         return chosen
-    last = order[min(k, len(order)) - 1]
-    if len(order) > k and all(column[last] == column[order[k]] for column in merged):
-        raise ValueError("Two tokens have the same key and values: give every row keys of its own.")
-    below, equal = np.zeros(len(own), dtype=bool), np.ones(len(own), dtype=bool)
-    for mine, column in zip(sent, merged, strict=True):
-        below |= equal & (mine < column[last])
-        equal &= mine == column[last]
+    border = _value_at(merged[0], k)
+    below, equal = sent[0] <= border, np.zeros(len(own), dtype=bool)
+    if np.count_nonzero(merged[0] <= border) > k:
+        below, equal = _before(merged, sent, k)
     chosen[own[below | equal]] = True
     return chosen
 
 
-def _smallest(columns: Sequence[np.ndarray], k: int) -> np.ndarray:
-    """Positions of the ``k`` (at least 1) smallest items, ascending."""
-    kept = np.arange(len(columns[0]))
-    if k < len(kept):
-        # Sorting by all columns is slow: only what can still be among the k is.
-        kept = np.flatnonzero(columns[0] <= np.partition(columns[0], k - 1)[k - 1])
-    return kept[np.lexsort([column[kept] for column in reversed(columns)])[:k]]
+def _first(columns: Sequence[np.ndarray], k: int) -> np.ndarray:
+    """Positions of the ``k`` (at least 1) smallest items, in any order."""
+    if len(columns[0]) <= k:
+        return np.arange(len(columns[0]))
+    kept = np.flatnonzero(columns[0] <= _value_at(columns[0], k))
+    # Sorting by all columns is slow: only ties ask for it.
+    return kept if len(kept) == k else kept[_order(columns, kept)[:k]]
+
+
+def _before(merged: list[np.ndarray], sent: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the items sent come before the ``k``-th of ``merged``, and which is that one."""
+    kept = np.flatnonzero(merged[0] <= _value_at(merged[0], k))
+    last, following = kept[_order(merged, kept)[k - 1 : k + 1]]
+    if all(column[last] == column[following] for column in merged):
+        raise ValueError("Two tokens have the same key and values: give every row keys of its own.")
+    below, equal = np.zeros(len(sent[0]), dtype=bool), np.ones(len(sent[0]), dtype=bool)
+    for mine, column in zip(sent, merged, strict=True):
+        below |= equal & (mine < column[last])
+        equal &= mine == column[last]
+    return below, equal
+
+
+def _value_at(column: np.ndarray, k: int) -> np.generic:
+    """The ``k``-th smallest value."""
+    value: np.generic = np.partition(column, k - 1)[k - 1]
+    return value
+
+
+def _order(columns: Sequence[np.ndarray], kept: np.ndarray) -> np.ndarray:
+    return np.lexsort([column[kept] for column in reversed(columns)])

@@ -51,12 +51,16 @@ def available() -> dict[str, Any]:
     Returns:
         ``compiled``: whether spear_megatron._C loads; ``reason``: why not, with the remedy, else ""; ``isa``: the
         instruction set of the compiled CPU kernels (generic, avx2, avx512) or None; and per operation a mapping
-        from device type to "compiled" or "eager".
+        from device type to "compiled" or "eager". ``cov_select`` always works on the CPU, wherever its tokens are.
     """
     module, reason = _load()
     return {
         "compiled": module is not None,
         "reason": reason,
         "isa": None if module is None else module.isa(),
-        "token_logprobs": {"cpu": "eager" if module is None else "compiled", "cuda": "eager"},
+        **{
+            operation: {"cpu": "eager" if module is None else "compiled", "cuda": "eager"}
+            for operation in ("token_logprobs", "policy_loss")
+        },
+        "cov_select": {device: "eager" if module is None else "compiled" for device in ("cpu", "cuda")},
     }

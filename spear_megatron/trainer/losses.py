@@ -9,7 +9,7 @@ import torch
 
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, TokenSet, select_tokens
 from spear_megatron.algorithms.kl import kl_estimate
-from spear_megatron.algorithms.policy_loss import PolicySurrogate, token_surrogate
+from spear_megatron.kernels.policy_loss import PolicySums, policy_loss
 from spear_megatron.trainer.figures import Figures
 from spear_megatron.types import MicroBatch
 
@@ -25,8 +25,9 @@ class SurrogateRule:
 
     Attributes:
         mode: vanilla, clip_cov, kl_cov or gpg.
-        clip_ratio_low, clip_ratio_high, clip_ratio_c, kl_cov_coef: see :func:`token_surrogate`.
+        clip_ratio_low, clip_ratio_high, clip_ratio_c, kl_cov_coef: see :func:`policy_loss`.
         draw: covariance selection inside the loss, per micro-batch and rank; None takes ``MicroBatch.selected``.
+        implementation: of the loss and of the selection: auto, compiled or eager.
     """
 
     mode: str
@@ -35,32 +36,7 @@ class SurrogateRule:
     clip_ratio_c: float
     kl_cov_coef: float
     draw: ClipCovRule | KlCovRule | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """The sampled tokens of one row set of a micro-batch, every tensor [m]."""
-
-    log_probs: torch.Tensor
-    old_log_probs: torch.Tensor
-    advantages: torch.Tensor
-    weight: torch.Tensor
-    correction: torch.Tensor
-    selected: torch.Tensor
-    keys: torch.Tensor
-
-    @classmethod
-    def of(cls, mask: torch.Tensor, log_probs: torch.Tensor, batch: MicroBatch, on_policy: bool = False) -> _Tokens:
-        current = log_probs[mask]
-        return cls(
-            log_probs=current,
-            old_log_probs=current.detach() if on_policy else batch.old_log_probs[mask],
-            advantages=batch.advantages[mask],
-            weight=batch.token_weight[mask],
-            correction=batch.surrogate_weight[mask],
-            selected=batch.selected[mask],
-            keys=batch.token_keys[mask],
-        )
+    implementation: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,28 +78,29 @@ class PolicyLoss:
     def _on_policy_part(
         self, mask: torch.Tensor, log_probs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch
     ) -> tuple[torch.Tensor, Sums, Sums]:
-        tokens = _Tokens.of(mask, log_probs, batch, self.on_policy)
-        policy, sums = _surrogate(self.rule, tokens, "cov_")
-        loss = pg_loss = -(tokens.weight * tokens.correction * policy.surrogate).sum()
+        old_log_probs = log_probs.detach() if self.on_policy else batch.old_log_probs
+        loss, policy, sums = _surrogate_loss(self.rule, mask, log_probs, old_log_probs, batch, "cov_")
+        places = mask.nonzero().squeeze(1)
+        correction, own_entropy = batch.surrogate_weight[places], entropy[places]
         if self.entropy_weight:
-            loss = loss - self.entropy_weight * entropy[mask].sum()
+            loss = loss - self.entropy_weight * own_entropy.sum()
         sums |= {
-            "pg_loss": figure(pg_loss),
+            "pg_loss": policy.loss,
             "tokens": figure(mask),
-            "entropy": figure(entropy[mask]),
-            "clipped": figure(policy.clipped),
-            "dual_clipped": figure(policy.dual_clipped),
-            "log_ratio": figure(policy.log_ratio),
-            "correction": figure(tokens.correction),
-            "dropped": figure(tokens.correction == 0),
+            "entropy": figure(own_entropy),
+            "clipped": policy.clipped,
+            "dual_clipped": policy.dual_clipped,
+            "log_ratio": policy.log_ratio,
+            "correction": figure(correction),
+            "dropped": figure(correction == 0),
         }
         if self.kl_coef:
-            kl = kl_estimate(tokens.log_probs, batch.ref_log_probs[mask], kind=self.kl_kind)
-            kl_loss = (tokens.weight * kl).sum()
+            kl = kl_estimate(log_probs[places], batch.ref_log_probs[places], kind=self.kl_kind)
+            kl_loss = (batch.token_weight[places] * kl).sum()
             loss = loss + self.kl_coef * kl_loss
             sums |= {"kl_loss": figure(kl_loss), "ref_kl": figure(kl)}
-        own = tokens.log_probs.detach() if self.engine_ratio else tokens.old_log_probs
-        differences, maxima = rollout_difference(own, batch.rollout_log_probs[mask])
+        own = log_probs.detach() if self.engine_ratio else old_log_probs
+        differences, maxima = rollout_difference(own[places], batch.rollout_log_probs[places])
         return loss, sums | differences, maxima
 
     def _replay_part(
@@ -131,41 +108,66 @@ class PolicyLoss:
     ) -> tuple[torch.Tensor, Sums, Sums]:
         if not bool(mask.any()):
             return log_probs.new_zeros(()), {}, {}
-        tokens = _Tokens.of(mask, log_probs, batch)
-        policy, sums = _surrogate(self.replay_rule, tokens, "cov_replay_")
-        loss = pg_loss = -(tokens.weight * tokens.correction * policy.surrogate).sum()
+        loss, policy, sums = _surrogate_loss(
+            self.replay_rule, mask, log_probs, batch.old_log_probs, batch, "cov_replay_"
+        )
         if self.replay_entropy_weight:
             loss = loss - self.replay_entropy_weight * entropy[mask].sum()
-        ratio = policy.log_ratio.double().exp()
         sums |= {
-            "replay_pg_loss": figure(pg_loss),
+            "replay_pg_loss": policy.loss,
             "replay_tokens": figure(mask),
-            "replay_clipped": figure(policy.clipped),
-            "replay_ratio": figure(ratio),
+            "replay_clipped": policy.clipped,
+            "replay_ratio": policy.ratio,
         }
-        return loss, sums, {"replay_ratio": ratio.max()}
+        return loss, sums, {"replay_ratio": policy.max_ratio}
 
 
-def _surrogate(rule: SurrogateRule, tokens: _Tokens, prefix: str) -> tuple[PolicySurrogate, Sums]:
-    selected, sums = tokens.selected, {}
+def _surrogate_loss(
+    rule: SurrogateRule,
+    mask: torch.Tensor,
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    batch: MicroBatch,
+    prefix: str,
+) -> tuple[torch.Tensor, PolicySums, Sums]:
+    selected, sums = batch.selected, Sums()
     if rule.draw is not None:
-        own = TokenSet(tokens.log_probs.detach(), tokens.old_log_probs, tokens.advantages, tokens.keys)
-        drawn = select_tokens([own], rule.draw)
-        selected = drawn.masks[0].to(selected.device)
-        counts = {"candidates": drawn.num_candidates, "near_bound": drawn.num_near_bound}
-        sums = {f"{prefix}{name}": torch.tensor(float(count), dtype=torch.float64) for name, count in counts.items()}
-    policy = token_surrogate(
-        rule.mode,
-        tokens.log_probs,
-        tokens.old_log_probs,
-        tokens.advantages,
+        selected, sums = _draw(rule, mask, log_probs, old_log_probs, batch, prefix)
+    loss, policy = policy_loss(
+        log_probs,
+        old_log_probs,
+        batch.advantages,
+        batch.token_weight * batch.surrogate_weight,
+        mode=rule.mode,
         selected=selected if rule.mode in ("clip_cov", "kl_cov") else None,
+        mask=mask,
         clip_ratio_low=rule.clip_ratio_low,
         clip_ratio_high=rule.clip_ratio_high,
         clip_ratio_c=rule.clip_ratio_c,
         kl_cov_coef=rule.kl_cov_coef,
+        implementation=rule.implementation,
     )
-    return policy, sums | {f"{prefix}selected": figure(selected)}
+    return loss, policy, sums | {f"{prefix}selected": figure(selected & mask)}
+
+
+def _draw(
+    rule: SurrogateRule,
+    mask: torch.Tensor,
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    batch: MicroBatch,
+    prefix: str,
+) -> tuple[torch.Tensor, Sums]:
+    """Tokens chosen by covariance within this micro-batch, bool [T], and the counts."""
+    assert rule.draw is not None
+    places = mask.nonzero().squeeze(1)
+    values = (log_probs.detach(), old_log_probs, batch.advantages, batch.token_keys)
+    own = TokenSet(*(value[places] for value in values))
+    drawn = select_tokens([own], rule.draw, implementation=rule.implementation)
+    selected = torch.zeros_like(mask)
+    selected[places] = drawn.masks[0].to(mask.device)
+    counts = {f"{prefix}candidates": drawn.num_candidates, f"{prefix}near_bound": drawn.num_near_bound}
+    return selected, {name: torch.tensor(float(count), dtype=torch.float64) for name, count in counts.items()}
 
 
 def supervised_loss(

@@ -180,6 +180,7 @@ class ObjectiveBuilder:
             clip_ratio_c=config.clip_ratio_c,
             kl_cov_coef=config.policy_loss.ppo_kl_coef,
             draw=self._cov_rule(replayed=replayed) if inside else None,
+            implementation=config.kernels,
         )
 
     def _cov_rule(self, *, replayed: bool) -> ClipCovRule | KlCovRule | None:
@@ -222,7 +223,7 @@ class ObjectiveBuilder:
             assert rule is not None
             members = [position for position, item in enumerate(rows) if item.replayed == replayed]
             sets = [_token_set(rows[i].row, current.get(row_key(rows[i].row)), keys[i]) for i in members]
-            selection = select_tokens(sets, rule, self._gather)
+            selection = select_tokens(sets, rule, self._gather, self.config.kernels)
             for position, mask in zip(members, selection.masks, strict=True):
                 result[position] = replace(rows[position], selected=_spread(rows[position].row, mask))
             metrics |= _cov_metrics(selection, "cov/replay_" if replayed else "cov/")
@@ -231,7 +232,7 @@ class ObjectiveBuilder:
     def _token_keys(self, item: WeightedRow, key: UpdateKey) -> torch.Tensor:
         row = item.row
         base = derive_key(self.seed, "covariance", key.step, key.update, *row.trajectory, row.segment)
-        return token_keys(base, len(row.ids))
+        return token_keys(base, len(row.ids), self.config.kernels)
 
     def _gather(self, own: object) -> list:
         """Values of all data-parallel ranks; the ranks of a model copy hold the same rows and count once."""

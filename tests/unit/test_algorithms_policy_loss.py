@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from spear_megatron.algorithms.aggregation import AGGREGATION_MODES, Totals, count_totals, token_weights
 from spear_megatron.algorithms.kl import KL_KINDS, kl_estimate, kl_penalty_in_reward
-from spear_megatron.algorithms.policy_loss import policy_surrogate
+from spear_megatron.kernels.policy_surrogates import policy_surrogate
 
 CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 3.0}
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spear_megatron.algorithms.policy_loss import SURROGATE_MODES, policy_surrogate, token_surrogate
+from spear_megatron.kernels.policy_surrogates import SURROGATE_MODES, policy_surrogate, token_surrogate
 
 LOW, HIGH, DUAL, COEF = 0.2, 0.28, 3.0, 0.7
 SETTINGS = {"clip_ratio_low": LOW, "clip_ratio_high": HIGH, "clip_ratio_c": DUAL, "kl_cov_coef": COEF}

@@ -58,7 +58,8 @@ def test_values_and_gradients_match_float64(
         grads = torch.autograd.grad(case.loss(log_probs, entropy), (case.hidden, case.weight))
         expected = case.expected(valid)
         assert log_probs.shape == entropy.shape == (rows,) and log_probs[~case.mask].eq(0).all()
-        for value, reference, bound in zip((log_probs, entropy, *grads), expected, (1e-5, 1e-5, 1e-4, 1e-4), strict=True):
+        bounds = (1e-5, 1e-5, 1e-4, 1e-4)
+        for value, reference, bound in zip((log_probs, entropy, *grads), expected, bounds, strict=True):
             torch.testing.assert_close(value.double(), reference, rtol=bound, atol=bound)
         assert grads[1][valid:].eq(0).all() and grads[0][~case.mask].eq(0).all()
 

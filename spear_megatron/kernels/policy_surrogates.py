@@ -24,7 +24,7 @@ class PolicySurrogate(NamedTuple):
 
     Attributes:
         surrogate: float32, to be maximised; differentiable in the current log-probs.
-        log_ratio: float32, logp - old_logp limited to [-20, 20], detached.
+        log_ratio: float32, logp - old_logp limited to [-20, 20], detached; NaN where the difference is not finite.
         clipped: bool, where the PPO clip is active (the token has no gradient, unless ``dual_clipped`` says why);
             nowhere in the modes without one.
         dual_clipped: bool, where the dual clip is active.
@@ -98,11 +98,7 @@ def token_surrogate(
     Raises:
         ValueError: unknown ``mode``, or ``selected`` is given where it has no meaning or missing where it has.
     """
-    if mode not in SURROGATE_MODES:
-        raise ValueError(f"The surrogate {mode!r} is unknown; use one of {', '.join(SURROGATE_MODES)}.")
-    by_covariance = mode in ("clip_cov", "kl_cov")
-    if by_covariance != (selected is not None):
-        raise ValueError(f"The surrogate {mode} {'needs' if by_covariance else 'takes no'} selected tokens.")
+    check_mode(mode, selected)
     if mode == "vanilla":
         return policy_surrogate(
             log_probs,
@@ -127,8 +123,20 @@ def token_surrogate(
     return PolicySurrogate(surrogate, log_ratio.detach(), clipped, dual_clipped=nowhere)
 
 
+def check_mode(mode: str, selected: torch.Tensor | None) -> None:
+    """ValueError for a mode that does not exist, or if ``selected`` is given where it has no meaning or missing."""
+    if mode not in SURROGATE_MODES:
+        raise ValueError(f"The surrogate {mode!r} is unknown; use one of {', '.join(SURROGATE_MODES)}.")
+    by_covariance = mode in ("clip_cov", "kl_cov")
+    if by_covariance != (selected is not None):
+        raise ValueError(f"The surrogate {mode} {'needs' if by_covariance else 'takes no'} selected tokens.")
+
+
 def _log_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
-    return torch.clamp(log_probs - old_log_probs, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    difference = log_probs - old_log_probs
+    limited = torch.clamp(difference, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    # The limit would turn an infinite log-prob into an ordinary ratio; a broken one must reach the loss.
+    return torch.where(difference.detach().isfinite(), limited, torch.nan)
 
 
 def _plain_and_bounded(

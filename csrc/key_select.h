@@ -1,0 +1,82 @@
+// Keys of tokens, and the k-th smallest 64-bit word by histograms of its digits, for the host and for CUDA.
+#pragma once
+
+#include <stdint.h>
+
+#include "host_device.h"
+
+namespace spear {
+
+// Key of a position of a row: splitmix64 (Steele et al. 2014) of base + position. As in Python, keys compare as signed.
+SPEAR_HOST_DEVICE int64_t token_key(uint64_t base, uint64_t position) {
+    uint64_t word = base + position + 0x9E3779B97F4A7C15u;
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EBu;
+    return static_cast<int64_t>(word ^ (word >> 31));
+}
+
+// Words whose unsigned order is the order of the keys.
+SPEAR_HOST_DEVICE uint64_t ordered_word(int64_t key) { return static_cast<uint64_t>(key) ^ (uint64_t{1} << 63); }
+
+// Words whose unsigned order is the order of the numbers (not NaN); both zeros give the same word.
+SPEAR_HOST_DEVICE uint64_t ordered_word(double number) {
+    union {
+        double value;
+        uint64_t bits;
+    } view;
+    view.value = number == 0 ? 0.0 : number;
+    const uint64_t sign = uint64_t{1} << 63;
+    return view.bits & sign ? ~view.bits : view.bits | sign;
+}
+
+constexpr int kDigitBits = 11;
+constexpr int kDigits = 1 << kDigitBits;  // bins of a histogram
+
+// Where the k-th smallest word is: among those whose bits above `shift` + kDigitBits are those of `last`. Once done,
+// `last` separates: words up to it are the k smallest, and any others that equal the k-th.
+struct WordSearch {
+    uint64_t last;
+    uint64_t fixed;  // the bits known so far
+    uint32_t rank;   // 1-based, among the words that are left
+    int shift;
+    bool done;
+};
+
+// The search for the `k`-th smallest word, 1 <= k <= number of words.
+SPEAR_HOST_DEVICE WordSearch word_search(uint32_t k) { return {0, 0, k, 64 - kDigitBits, false}; }
+
+SPEAR_HOST_DEVICE bool is_left(const WordSearch& search, uint64_t word) {
+    return (word & search.fixed) == search.last;
+}
+
+SPEAR_HOST_DEVICE uint32_t digit(const WordSearch& search, uint64_t word) {
+    return static_cast<uint32_t>(word >> search.shift) & (kDigits - 1);
+}
+
+// The next step, from the histogram [kDigits] of the digits of the words that are left. Digits of neighbouring steps
+// may share bits at the low end, where 64 is no multiple of the digit: fixed ones then agree in all words left.
+SPEAR_HOST_DEVICE WordSearch narrowed(WordSearch search, const uint32_t* histogram) {
+    uint32_t bin = 0;
+    while (histogram[bin] < search.rank) search.rank -= histogram[bin++];
+    search.last |= static_cast<uint64_t>(bin) << search.shift;
+    search.fixed |= static_cast<uint64_t>(kDigits - 1) << search.shift;
+    search.done = search.shift == 0 || histogram[bin] == search.rank;
+    if (search.done) search.last |= ~search.fixed;
+    search.shift = search.shift > kDigitBits ? search.shift - kDigitBits : 0;
+    return search;
+}
+
+// `last` of the finished search among `count` words on the host; `histogram` is scratch of kDigits.
+inline uint64_t kth_smallest(const uint64_t* words, int64_t count, uint32_t k, uint32_t* histogram) {
+    WordSearch search = word_search(k);
+    while (!search.done) {
+        for (int i = 0; i < kDigits; ++i) histogram[i] = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            if (is_left(search, words[i])) ++histogram[digit(search, words[i])];
+        }
+        search = narrowed(search, histogram);
+    }
+    return search.last;
+}
+
+}  // namespace spear

@@ -1,0 +1,95 @@
+// Block kernels of policy_loss for one instruction set; see foreach_isa.h for the rules of such a file.
+#include "policy_terms.h"
+
+struct PolicyLanes {
+    DoubleSums loss, log_ratio, ratio;
+    Int clipped = {};
+    Int dual_clipped = {};
+    Float max_ratio = {};  // every ratio is positive
+};
+
+// kWidth tokens from position i.
+template <int kMode, bool kMasked>
+SPEAR_INLINE void add_tokens(PolicyLanes& lanes, const PolicyInputs& inputs, int64_t i,
+                             const PolicyRule<Float>& rule) {
+    constexpr bool kChooses = kMode == kClipCov || kMode == kKlCov;
+    const Float log_prob = load(inputs.log_probs + i), old_log_prob = load(inputs.old_log_probs + i);
+    const Float weight = load(inputs.weights + i);
+    const Int selected = kChooses ? load_mask(inputs.selected + i) : Int{};
+    Float log_ratio = limited_log_ratio(log_prob, old_log_prob);
+    Float ratio = exponential(log_ratio);
+    const PolicyTerms<Float, Int> terms = policy_terms<kMode, Float, Int>(
+        rule, log_prob, old_log_prob, load(inputs.advantages + i), log_ratio, ratio, selected);
+    Float loss = -(weight * terms.surrogate);
+    Float gradient = -(weight * terms.slope);
+    Int clipped = terms.clipped, dual_clipped = terms.dual_clipped;
+    if (kMasked) {
+        // What stands beside the mask may be anything, so it is replaced, not multiplied by 0.
+        const Int used = load_mask(inputs.mask + i);
+        const Float zero = {};
+        loss = used ? loss : zero;
+        gradient = used ? gradient : zero;
+        log_ratio = used ? log_ratio : zero;
+        ratio = used ? ratio : zero;
+        clipped &= used;
+        dual_clipped &= used;
+    }
+    store(inputs.gradient + i, gradient);
+    lanes.loss.add(loss);
+    lanes.log_ratio.add(log_ratio);
+    lanes.ratio.add(ratio);
+    lanes.clipped -= clipped;
+    lanes.dual_clipped -= dual_clipped;
+    lanes.max_ratio = larger(ratio, lanes.max_ratio);
+}
+
+// The last, fewer than kWidth, tokens of a block, from position i; the lanes after them are masked.
+template <int kMode>
+SPEAR_INLINE void add_tail(PolicyLanes& lanes, const PolicyInputs& inputs, int64_t i, int64_t count,
+                           const PolicyRule<Float>& rule) {
+    float columns[4][kWidth] = {};
+    float gradient[kWidth];
+    uint8_t selected[kWidth] = {}, mask[kWidth] = {};
+    for (int64_t k = 0; k < count; ++k) {
+        columns[0][k] = inputs.log_probs[i + k];
+        columns[1][k] = inputs.old_log_probs[i + k];
+        columns[2][k] = inputs.advantages[i + k];
+        columns[3][k] = inputs.weights[i + k];
+        selected[k] = inputs.selected ? inputs.selected[i + k] : 0;
+        mask[k] = inputs.mask ? inputs.mask[i + k] : 1;
+    }
+    const PolicyInputs tail = {columns[0], columns[1], columns[2], columns[3], selected, mask, gradient};
+    add_tokens<kMode, true>(lanes, tail, 0, rule);
+    for (int64_t k = 0; k < count; ++k) inputs.gradient[i + k] = gradient[k];
+}
+
+template <int kMode, bool kMasked>
+PolicyTotals policy_block(const PolicyInputs& inputs, int64_t start, int64_t stop, const PolicySettings& settings) {
+    const PolicyRule<Float> rule = {broadcast(settings.low), broadcast(settings.high), broadcast(settings.dual),
+                                    broadcast(settings.coef)};
+    PolicyLanes lanes;
+    int64_t i = start;
+    for (; i + kWidth <= stop; i += kWidth) add_tokens<kMode, kMasked>(lanes, inputs, i, rule);
+    if (i < stop) add_tail<kMode>(lanes, inputs, i, stop - i, rule);
+    PolicyTotals totals = {lanes.loss.total(), 0, 0, lanes.log_ratio.total(), lanes.ratio.total(), 0};
+    for (int64_t lane = 0; lane < kWidth; ++lane) {
+        totals.clipped += lanes.clipped[lane];
+        totals.dual_clipped += lanes.dual_clipped[lane];
+        totals.max_ratio = lanes.max_ratio[lane] > totals.max_ratio ? lanes.max_ratio[lane] : totals.max_ratio;
+    }
+    return totals;
+}
+
+template <bool kMasked>
+PolicyBlock policy_block_of(int mode) {
+    switch (mode) {
+        case kVanilla: return policy_block<kVanilla, kMasked>;
+        case kPolicyGradient: return policy_block<kPolicyGradient, kMasked>;
+        case kClipCov: return policy_block<kClipCov, kMasked>;
+        default: return policy_block<kKlCov, kMasked>;
+    }
+}
+
+static PolicyBlock policy_block_for(int mode, bool masked) {
+    return masked ? policy_block_of<true>(mode) : policy_block_of<false>(mode);
+}

@@ -1,0 +1,225 @@
+"""The local part of a selection by covariance: candidates, and those of them that can be among the k smallest.
+
+Exact and the same bit for bit in both implementations, so that what is selected depends on neither.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from spear_megatron.kernels.extension import compiled_module, missing_reason, warn_slow_path
+from spear_megatron.kernels.logprobs import IMPLEMENTATIONS
+from spear_megatron.parallel.errors import RunError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_LOG_RATIO_LIMIT = 20.0
+_NEAR = 1e-5
+_SUM_LANES = 16
+_WORD = (1 << 64) - 1
+
+
+class CovTokens(NamedTuple):
+    """Tokens of a selection: float32 [T] contiguous, keys int64 [T]."""
+
+    log_probs: NDArray[np.float32]
+    old_log_probs: NDArray[np.float32]
+    advantages: NDArray[np.float32]
+    keys: NDArray[np.int64]
+
+
+class CovJudge(NamedTuple):
+    """Which tokens are candidates: covariance inside (lb, ub), not NaN, and not clipped by PPO.
+
+    Attributes:
+        mean_advantage, mean_log_prob: the covariance is (A - mean A)(logp - mean logp), in double.
+        lb, ub: exclusive bounds, may be infinite.
+        clip_ratio_low, clip_ratio_high: PPO clip range; 1 and infinity clip nothing.
+    """
+
+    mean_advantage: float
+    mean_log_prob: float
+    lb: float = -math.inf
+    ub: float = math.inf
+    clip_ratio_low: float = 1.0
+    clip_ratio_high: float = math.inf
+
+    def log_bounds(self) -> tuple[float, float]:
+        """Log-ratios below the first or above the second are out of the clip range; infinite where none can be."""
+        lower = math.log1p(-self.clip_ratio_low) if self.clip_ratio_low < 1 else -math.inf
+        upper = math.log1p(self.clip_ratio_high)
+        # Log-ratios are limited, so bounds beyond the limit are never crossed.
+        return (
+            lower if lower > -_LOG_RATIO_LIMIT else -math.inf,
+            upper if upper < _LOG_RATIO_LIMIT else math.inf,
+        )
+
+
+class Candidates(NamedTuple):
+    """What :func:`cov_candidates` finds.
+
+    Attributes:
+        num_candidates: how many there are.
+        num_near_bound: tokens (candidates or not) whose covariance is within 1e-5 of lb or ub.
+        places: int64, ascending; the k candidates that come first, and all that tie with the last of them.
+    """
+
+    num_candidates: int
+    num_near_bound: int
+    places: NDArray[np.int64]
+
+
+def cov_candidates(
+    tokens: CovTokens,
+    judge: CovJudge,
+    k: int,
+    *,
+    by_covariance: bool = False,
+    implementation: str = "auto",
+    isa: str = "auto",
+) -> Candidates:
+    """Candidates by ``judge`` and the places of those that can be among the ``k`` first.
+
+    Args:
+        tokens: the tokens of this rank.
+        judge: which are candidates.
+        k: at least 1.
+        by_covariance: the largest covariance comes first; False: the smallest key.
+        implementation: "auto" (compiled, or numpy with one warning if it is not built), "compiled" or "eager" (numpy).
+        isa: of the compiled kernel: "auto", generic, avx2 or avx512.
+
+    Raises:
+        ValueError: unknown implementation or ``k`` below 1.
+        RunError: ``implementation="compiled"`` and the compiled kernels are missing.
+    """
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
+    if not _use_compiled(implementation):
+        return _eager_candidates(tokens, judge, k, by_covariance)
+    places = np.empty(len(tokens.keys), dtype=np.int64)
+    count, near, kept = compiled_module().cov_select(
+        log_probs=tokens.log_probs.ctypes.data,
+        old_log_probs=tokens.old_log_probs.ctypes.data,
+        advantages=tokens.advantages.ctypes.data,
+        keys=tokens.keys.ctypes.data,
+        tokens=len(places),
+        mean_advantage=judge.mean_advantage,
+        mean_log_prob=judge.mean_log_prob,
+        bounds=(judge.lb, judge.ub),
+        near_bounds=(judge.lb - _NEAR, judge.lb + _NEAR, judge.ub - _NEAR, judge.ub + _NEAR),
+        clip_bounds=judge.log_bounds(),
+        by_covariance=by_covariance,
+        k=k,
+        places=places.ctypes.data,
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+    return Candidates(count, near, places[:kept].copy())
+
+
+def covariances(tokens: CovTokens, mean_advantage: float, mean_log_prob: float) -> NDArray[np.float64]:
+    """(A - mean A)(logp - mean logp) of every token, float64 [T]."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return (tokens.advantages.astype(np.float64) - mean_advantage) * (
+            tokens.log_probs.astype(np.float64) - mean_log_prob
+        )
+
+
+def row_sums(
+    values: NDArray[np.float32], lengths: list[int], *, implementation: str = "auto", isa: str = "auto"
+) -> NDArray[np.float64]:
+    """Sums in double of rows that lie back to back, each in an order given by its length alone: any layout agrees.
+
+    Value i of a row goes to sum i mod 16 of its 16, in order; these are then folded in halves.
+
+    Args:
+        values: float32 [sum of lengths], contiguous.
+        lengths: of the rows.
+        implementation, isa: see :func:`cov_candidates`.
+
+    Returns:
+        float64 [rows].
+    """
+    sums = np.zeros(len(lengths), dtype=np.float64)
+    if _use_compiled(implementation):
+        sizes = np.array(lengths, dtype=np.int64)
+        compiled_module().row_sums(
+            values=values.ctypes.data, lengths=sizes.ctypes.data, rows=len(sizes), sums=sums.ctypes.data, isa=isa
+        )
+        return sums
+    start = 0
+    for row, length in enumerate(lengths):
+        padded = np.zeros(length + -length % _SUM_LANES, dtype=np.float64)
+        padded[:length] = values[start : start + length]
+        with np.errstate(invalid="ignore"):
+            # Along the first axis numpy adds one group of 16 after the other.
+            lanes = np.add.reduce(padded.reshape(-1, _SUM_LANES), axis=0, initial=0.0)
+            while len(lanes) > 1:
+                lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+        sums[row] = lanes[0]
+        start += length
+    return sums
+
+
+def token_keys(base: int, count: int, implementation: str = "auto") -> torch.Tensor:
+    """Keys of the positions 0 to ``count`` - 1 of a row: splitmix64 (Steele et al. 2014) of base + position.
+
+    Args:
+        base: 64-bit key of what the row is (seed, step, update, trajectory, segment), never of where it is.
+        count: length of the row.
+        implementation: see :func:`cov_candidates`.
+
+    Returns:
+        int64 [count], distinct.
+    """
+    if _use_compiled(implementation):
+        keys = torch.empty(count, dtype=torch.int64)
+        compiled_module().token_keys(base=base & _WORD, count=count, keys=keys.data_ptr())
+        return keys
+    word = np.arange(count, dtype=np.uint64) + np.uint64((base + 0x9E3779B97F4A7C15) & _WORD)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((word ^ (word >> np.uint64(31))).view(np.int64))
+
+
+def _use_compiled(implementation: str) -> bool:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "eager":
+        return False
+    unfit = missing_reason()
+    if unfit and implementation == "compiled":
+        raise RunError(unfit)
+    if unfit:
+        warn_slow_path(unfit)
+    return not unfit
+
+
+def _eager_candidates(tokens: CovTokens, judge: CovJudge, k: int, by_covariance: bool) -> Candidates:
+    covariance = covariances(tokens, judge.mean_advantage, judge.mean_log_prob)
+    near = np.zeros(len(covariance), dtype=bool)
+    for bound in (judge.lb, judge.ub):
+        near |= (covariance >= bound - _NEAR) & (covariance <= bound + _NEAR)
+    inside = (covariance > judge.lb) & (covariance < judge.ub)
+    places = np.flatnonzero(inside & ~_ppo_clipped(tokens, judge))
+    count = len(places)
+    if count > k:
+        order = -covariance[places] if by_covariance else tokens.keys[places]
+        places = places[order <= np.partition(order, k - 1)[k - 1]]
+    return Candidates(count, int(near.sum()), places)
+
+
+def _ppo_clipped(tokens: CovTokens, judge: CovJudge) -> NDArray[np.bool_]:
+    """Where clip(r) A < r A. Compared as logarithms: an exponential's last bit may depend on the array around it."""
+    with np.errstate(invalid="ignore"):
+        log_ratio = (tokens.log_probs - tokens.old_log_probs).astype(np.float64)
+    lower, upper = judge.log_bounds()
+    clipped: NDArray[np.bool_] = ((tokens.advantages > 0) & (log_ratio > upper)) | (
+        (tokens.advantages < 0) & (log_ratio < lower)
+    )
+    return clipped

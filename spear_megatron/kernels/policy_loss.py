@@ -1,0 +1,153 @@
+"""Policy loss of many tokens and what a trainer records of it: one pass by a compiled kernel, or plain torch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spear_megatron.kernels.extension import missing_reason, warn_slow_path
+from spear_megatron.kernels.logprobs import IMPLEMENTATIONS
+from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens, loss_and_gradient
+from spear_megatron.kernels.policy_surrogates import check_mode, token_surrogate
+from spear_megatron.parallel.errors import RunError
+
+
+class PolicySums(NamedTuple):
+    """Sums over the tokens that take part, fp64 scalars on the device of the tokens, detached.
+
+    Attributes:
+        loss: the loss before it is rounded to the dtype of the log-probs.
+        clipped, dual_clipped: numbers of tokens where PPO's clip and the dual clip are active.
+        log_ratio, ratio: sums of log pi / pi_old, limited to [-20, 20], and of its exponential.
+        max_ratio: largest ratio, 0 without tokens.
+    """
+
+    loss: Tensor
+    clipped: Tensor
+    dual_clipped: Tensor
+    log_ratio: Tensor
+    ratio: Tensor
+    max_ratio: Tensor
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    token_weight: Tensor,
+    *,
+    mode: str,
+    selected: Tensor | None = None,
+    mask: Tensor | None = None,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float,
+    kl_cov_coef: float,
+    implementation: str = "auto",
+) -> tuple[Tensor, PolicySums]:
+    """Minus the weighted sum of the tokens' surrogates, differentiable in the current log-probs alone.
+
+    The surrogates are those of :func:`spear_megatron.kernels.policy_surrogates.token_surrogate`. A log-prob that is
+    NaN or infinite makes the loss NaN, whatever its clip. The compiled kernel's result does not depend on the number
+    of threads.
+
+    Args:
+        log_probs: floating [T], of the current policy; the compiled kernel takes fp32.
+        old_log_probs, advantages, token_weight: [T], of the same dtype; normaliser, gamma and correction are all in
+            the weight.
+        mode: vanilla, gpg, clip_cov or kl_cov.
+        selected: bool [T], the tokens chosen by covariance; clip_cov and kl_cov need it, the others take none.
+        mask: bool [T], the tokens that take part; what stands at others has no effect. None: all.
+        clip_ratio_low, clip_ratio_high: the ratio is clipped to [1 - low, 1 + high].
+        clip_ratio_c: dual-clip bound.
+        kl_cov_coef: price of moving of the selected tokens of kl_cov.
+        implementation: as in ``token_logprobs``: "auto" takes the compiled kernel on the CPU, and where it does not
+            fit there warns once and takes plain torch; "compiled" raises instead; "eager" is plain torch.
+
+    Returns:
+        The loss, a scalar of the dtype of the log-probs, and the sums.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names outside of what is described above.
+        RunError: ``implementation="compiled"`` and the compiled kernel is missing or does not fit.
+    """
+    tokens = PolicyTokens(log_probs, old_log_probs, advantages, token_weight, selected, mask)
+    settings = PolicySettings(mode, clip_ratio_low, clip_ratio_high, clip_ratio_c, kl_cov_coef)
+    _check(tokens, mode, implementation)
+    if not _use_compiled(log_probs, implementation):
+        return _eager(tokens, settings)
+    loss, sums = _CompiledPolicyLoss.apply(log_probs, tokens._replace(log_probs=log_probs.detach()), settings)
+    return loss, PolicySums(*sums.unbind())
+
+
+def _check(tokens: PolicyTokens, mode: str, implementation: str) -> None:
+    first = tokens.log_probs
+    if first.dim() != 1 or not first.is_floating_point():
+        raise ValueError(f"log_probs must be floating [T], not {first.dtype} {list(first.shape)}")
+    for name, value in tokens._asdict().items():
+        dtype = torch.bool if name in ("selected", "mask") else first.dtype
+        if value is not None and (value.shape != first.shape or value.dtype != dtype or value.device != first.device):
+            raise ValueError(
+                f"{name} must be {dtype} [{len(first)}] on {first.device} as log_probs are, "
+                f"not {value.dtype} {list(value.shape)} on {value.device}"
+            )
+    check_mode(mode, tokens.selected)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def _use_compiled(log_probs: Tensor, implementation: str) -> bool:
+    on_cpu = log_probs.device.type == "cpu"
+    if implementation == "eager" or (implementation == "auto" and not on_cpu):
+        return False
+    unfit = missing_reason()
+    if not on_cpu or log_probs.dtype != torch.float32:
+        unfit = f"no compiled policy_loss for {log_probs.dtype} on {log_probs.device.type}"
+    if unfit and implementation == "compiled":
+        raise RunError(unfit)
+    if unfit:
+        warn_slow_path(unfit)
+    return not unfit
+
+
+class _CompiledPolicyLoss(torch.autograd.Function):
+    """The forward pass stores the gradient; the backward pass multiplies it by that of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, Tensor]:
+        sums, gradient = loss_and_gradient(tokens, settings)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(sums)
+        return sums[0].to(log_probs.dtype), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss, None, None
+
+
+def _eager(tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, PolicySums]:
+    if tokens.mask is not None:
+        mask = tokens.mask
+        used = [None if value is None else value[mask] for value in tokens[:-1]]
+        tokens = PolicyTokens._make([*used, None])
+    policy = token_surrogate(
+        settings.mode,
+        tokens.log_probs,
+        tokens.old_log_probs.detach(),
+        tokens.advantages.detach(),
+        selected=tokens.selected,
+        clip_ratio_low=settings.clip_ratio_low,
+        clip_ratio_high=settings.clip_ratio_high,
+        clip_ratio_c=settings.clip_ratio_c,
+        kl_cov_coef=settings.kl_cov_coef,
+    )
+    loss = -(tokens.token_weight.detach() * policy.surrogate).sum(dtype=torch.float64)
+    ratio = policy.log_ratio.double().exp()
+    summed = [value.sum(dtype=torch.float64) for value in (policy.clipped, policy.dual_clipped, policy.log_ratio)]
+    largest = ratio.max() if len(ratio) else torch.zeros_like(loss)
+    return loss.to(tokens.log_probs.dtype), PolicySums._make([loss.detach(), *summed, ratio.sum(), largest.detach()])

@@ -1,0 +1,209 @@
+"""Time Clip-Cov, selection and loss with its gradient, against the common formulation: medians, ratios, JSON, a table.
+
+    python tools/bench_policy_loss.py --tokens 65536 1048576 --json outputs/bench/policy_loss.json
+
+Every contender is called once per round, so that a disturbance hits all of them alike. The ratios are medians over the
+rounds of (contender / kernels) within one round. All tokens are sampled ones of one micro-batch, the scope of the
+common formulation. Run it on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WARM_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+KERNELS = "kernels"
+RATIO, LB, UB, CLIP_LOW, CLIP_HIGH = 0.02, 1.0, 40.0, 0.2, 0.28
+
+
+class Inputs(NamedTuple):
+    """Columns of a micro-batch, fp32 [T] but the keys (int64 [T])."""
+
+    log_probs: Any
+    old_log_probs: Any
+    advantages: Any
+    weight: Any
+    keys: Any
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[65536, 1048576], help="sizes T")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads")
+    parser.add_argument("--rounds", type=int, default=25, help="interleaved samples of each contender")
+    parser.add_argument("--quick", action="store_true", help="T = 65536 alone, five rounds, no torch.compile")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", type=Path, default=Path("outputs/bench/policy_loss.json"), help="result file")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.tokens, arguments.rounds, arguments.no_compile = [65536], 5, True
+    return arguments
+
+
+def make_inputs(tokens: int) -> Inputs:
+    """Log-probs with a long tail, close policies, one advantage per 256 tokens: some percent are candidates."""
+    import torch
+
+    from spear_megatron.kernels.cov_select import token_keys
+
+    generator = torch.Generator().manual_seed(0)
+    log_probs = -torch.empty(tokens).exponential_(1.0, generator=generator)
+    old = log_probs + 0.1 * torch.randn(tokens, generator=generator)
+    advantages = torch.randn((tokens + 255) // 256, generator=generator).repeat_interleave(256)[:tokens].contiguous()
+    return Inputs(log_probs, old, advantages, torch.full((tokens,), 1.0 / tokens), token_keys(1, tokens))
+
+
+def masked_mean(values: Any, mask: Any) -> Any:
+    """Mean over the mask."""
+    return (values * mask).sum() / (mask.sum() + 1e-8)
+
+
+def common_draw(surrogates: tuple[Any, Any], log_probs: Any, advantages: Any, mask: Any) -> Any:
+    """Factor 0 on drawn tokens and 1 elsewhere: covariances, a count and indices on the host, a permutation."""
+    import torch
+
+    plain, bounded = surrogates
+    factor = torch.ones_like(advantages)
+    covariance = (advantages - masked_mean(advantages, mask)) * (log_probs - masked_mean(log_probs, mask))
+    covariance[mask == 0] = -torch.inf
+    covariance[bounded > plain] = -torch.inf
+    count = max(int(RATIO * mask.sum().item()), 1)
+    inside = torch.nonzero((covariance > LB) & (covariance < UB) & (mask > 0))
+    drawn = inside[torch.randperm(len(inside))[: min(count, len(inside))]]
+    factor[drawn[:, 0]] = 0
+    return factor
+
+
+def common_clip_cov(log_probs: Any, inputs: Inputs) -> Any:
+    """Clip-Cov as released training code has it, with the figures that it records."""
+    import torch
+
+    mask = torch.ones_like(inputs.advantages)
+    log_ratio = log_probs - inputs.old_log_probs
+    ratio = torch.exp(log_ratio)
+    drift = masked_mean(-log_ratio, mask)
+    plain = -inputs.advantages * ratio
+    bounded = -inputs.advantages * torch.clamp(ratio, 1.0 - CLIP_LOW, 1.0 + CLIP_HIGH)
+    factor = common_draw((plain.detach(), bounded.detach()), log_probs.detach(), inputs.advantages, mask)
+    share = masked_mean((factor == 0).float(), mask)
+    loss = masked_mean(torch.maximum(plain, bounded) * factor, mask)
+    return loss, drift.detach(), share.detach()
+
+
+def ours(implementation: str, draw_keys: bool) -> Callable[[Any, Inputs], Any]:
+    """Selection and loss of this package; with ``draw_keys`` the keys are made anew as well."""
+    import torch
+
+    from spear_megatron.algorithms.covariance import ClipCovRule, TokenSet, select_tokens
+    from spear_megatron.kernels.cov_select import token_keys
+    from spear_megatron.kernels.policy_loss import policy_loss
+
+    rule = ClipCovRule(RATIO, LB, UB, CLIP_LOW, CLIP_HIGH)
+
+    def function(log_probs: Any, inputs: Inputs) -> Any:
+        keys = token_keys(1, len(log_probs), implementation) if draw_keys else inputs.keys
+        row = TokenSet(log_probs.detach(), inputs.old_log_probs, inputs.advantages, keys)
+        selection = select_tokens([row], rule, implementation=implementation)
+        loss, sums = policy_loss(
+            log_probs, inputs.old_log_probs, inputs.advantages, inputs.weight, mode="clip_cov",
+            selected=selection.masks[0], clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=3.0,
+            kl_cov_coef=1.0, implementation=implementation,
+        )  # fmt: skip
+        return loss, sums, torch.tensor(selection.num_selected)
+
+    return function
+
+
+def contenders(compile_too: bool) -> dict[str, Callable[[Any, Inputs], Any]]:
+    """Name -> function of (log-probs, inputs) whose first result is the loss."""
+    import torch
+
+    found: dict[str, Callable[[Any, Inputs], Any]] = {
+        KERNELS: ours("compiled", draw_keys=False),
+        "kernels, keys included": ours("compiled", draw_keys=True),
+        "eager implementation": ours("eager", draw_keys=False),
+        "common formulation": common_clip_cov,
+    }
+    if compile_too:
+        # The draw leaves the graph by its host values; what lies around it is compiled.
+        found["common formulation, torch.compile"] = torch.compile(common_clip_cov, dynamic=False)
+    return found
+
+
+def time_call(function: Callable[[Any, Inputs], Any], inputs: Inputs) -> float:
+    """Wall seconds of one forward and backward pass."""
+    import torch
+
+    log_probs = inputs.log_probs.clone().requires_grad_()
+    started = time.perf_counter()
+    torch.autograd.grad(function(log_probs, inputs)[0], log_probs)
+    return time.perf_counter() - started
+
+
+def measure(tokens: int, rounds: int, compile_too: bool) -> dict[str, Any]:
+    """All contenders on one size: milliseconds and ratios to the kernels."""
+    inputs = make_inputs(tokens)
+    functions = contenders(compile_too)
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for round_index in range(-2, rounds):  # the first two rounds warm up
+        for name, function in functions.items():
+            seconds = time_call(function, inputs)
+            if round_index >= 0:
+                samples[name].append(seconds)
+    return {
+        "tokens": tokens,
+        "median_ms": {name: 1e3 * statistics.median(values) for name, values in samples.items()},
+        "ratio": {
+            name: statistics.median(a / b for a, b in zip(values, samples[KERNELS], strict=True))
+            for name, values in samples.items()
+        },
+        "samples_ms": {name: [1e3 * value for value in values] for name, values in samples.items()},
+    }
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    """One line per size and contender, as a Markdown table."""
+    print("| tokens | contender | median ms | time / kernels |")
+    print("|---|---|---|---|")
+    for result in results:
+        for name, milliseconds in result["median_ms"].items():
+            print(f"| {result['tokens']} | {name} | {milliseconds:.3f} | {result['ratio'][name]:.2f} |")
+
+
+def main() -> None:
+    """Run the sizes and write the report."""
+    arguments = parse_arguments()
+    if any(os.environ.get(key) != value for key, value in WARM_ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **WARM_ALLOCATOR})  # read at start-up
+    import torch
+
+    from spear_megatron.kernels import available
+
+    torch.set_num_threads(arguments.threads)
+    results = [measure(tokens, arguments.rounds, not arguments.no_compile) for tokens in arguments.tokens]
+    report = {
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "torch": torch.__version__,
+        "kernels": available(),
+        "machine": platform.processor() or platform.machine(),
+        "results": results,
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(report, indent=1))
+    print(f"{arguments.threads} threads, forward and backward pass\n")
+    print_table(results)
+    print(f"\nwritten to {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()
