@@ -6,10 +6,12 @@ namespace py = pybind11;
 void register_cpu_info(py::module_&);
 void register_token_logprobs(py::module_&);
 void register_decoder(py::module_&);
+void register_row_emulation(py::module_&);
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled CPU kernels of spear_megatron; use them through spear_megatron.kernels.";
     register_cpu_info(module);
     register_token_logprobs(module);
     register_decoder(module);
+    register_row_emulation(module);
 }
