@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: setup cuda quickstart test test-fast layouts kill-demo bench study docs clean
+.PHONY: setup cuda gpu-check quickstart test test-fast layouts kill-demo bench study docs clean
 
 setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
 
@@ -17,6 +17,9 @@ $(VENV)/.ready: requirements/cpu.txt requirements/dev.txt requirements/build.txt
 
 cuda:  ## the CUDA kernels, where nvcc is there; needs no device
 	$(BIN)/python tools/build_cuda.py
+
+gpu-check:  ## on a machine with a CUDA device: build, test and measure the CUDA kernels, without network
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py
 
 quickstart: setup  ## tiny model, cold start, reinforcement learning, evaluation, Hugging Face export
 	$(BIN)/python tools/quickstart.py

@@ -27,7 +27,7 @@ def check_inputs(logits: Tensor, targets: Tensor) -> None:
 
 def check_settings(temperature: float, implementation: str) -> None:
     """ValueError for a temperature or an implementation that does not exist."""
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:  # comparisons alone, which torch.compile can trace; false for NaN
         raise ValueError(f"temperature={temperature} must be finite and > 0")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
