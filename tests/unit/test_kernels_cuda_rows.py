@@ -68,7 +68,7 @@ def test_statistics_of_extreme_rows(temperature: float) -> None:
     late[2950:] = wide[:51]  # most threads see nothing finite
     peaked = torch.full((3001,), -1e4)
     peaked[17] = 1e4
-    rising = torch.linspace(-3e38, 3e38, 3001)  # differences overflow
+    rising = torch.linspace(-3e38, 3e38, 3001, dtype=torch.float64).float()  # differences overflow
     for row in (wide, late, peaked, torch.full((3001,), 1e4), rising, -rising):
         check_stats(row_at(2, row), temperature, 64)
 
