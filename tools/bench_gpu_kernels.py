@@ -197,7 +197,7 @@ def contenders() -> tuple[dict[str, Sampler], dict[str, str]]:
 
 def print_table(results: list[dict[str, Any]], skipped: dict[str, str]) -> None:
     """One line per shape, pass and contender, as a Markdown table."""
-    print("| logits | pass | contender | median ms | must move, GB | fraction of copy bandwidth | time / token_logprobs |")
+    print("| logits | pass | contender | median ms | GB to move | fraction of copy bandwidth | time / token_logprobs |")
     print("|---|---|---|---|---|---|---|")
     for result in results:
         base = {item["pass"]: item["median_ms"] for item in result["passes"] if item["contender"] == KERNEL}

@@ -43,7 +43,8 @@ def main() -> int:
     benchmark.unlink(missing_ok=True)
     steps = [run("build", ["setup.py", "build_ext", "--inplace"], {"SPEAR_CUDA": "1"})]
     if steps[0].passed:
-        steps.append(run("tests", ["-m", "pytest", "-q", "-rs", "tests/gpu", "tests/unit/test_kernels_cuda_library.py"]))
+        tests = ["tests/gpu", "tests/unit/test_kernels_cuda_library.py"]
+        steps.append(run("tests", ["-m", "pytest", "-q", "-rs", *tests]))
         steps.append(run("benchmark", ["tools/bench_gpu_kernels.py", "--json", str(benchmark)]))
     print_summary(steps, benchmark)
     (OUTPUT / "summary.json").write_text(json.dumps([asdict(step) for step in steps], indent=1))

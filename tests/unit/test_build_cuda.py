@@ -38,7 +38,9 @@ def stand_in(folder: Path, architectures: str, status: int = 0) -> str:
     return str(program)
 
 
-def test_compiles_once_until_a_source_changes(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_once_until_a_source_changes(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nvcc = stand_in(tmp_path, "compute_75\\ncompute_80\\ncompute_90\\ncompute_100\\ncompute_120\\n")
     library, source = tmp_path / "out" / "_cuda.so", tmp_path / "kernel.cu"
     source.write_text("")
