@@ -3,17 +3,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: setup quickstart test test-fast layouts kill-demo bench study docs clean
+.PHONY: setup cuda gpu-check quickstart test test-fast layouts kill-demo bench study docs clean
 
 setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
 
-$(VENV)/.ready: requirements/cpu.txt requirements/dev.txt requirements/build.txt setup.py pyproject.toml $(wildcard csrc/*)
+$(VENV)/.ready: requirements/cpu.txt requirements/dev.txt requirements/build.txt setup.py pyproject.toml tools/build_cuda.py $(wildcard csrc/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements/build.txt
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -r requirements/dev.txt
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
+
+cuda:  ## the CUDA kernels, where nvcc is there; needs no device
+	$(BIN)/python tools/build_cuda.py
+
+gpu-check:  ## on a machine with a CUDA device: build, test and measure the CUDA kernels, without network
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py
 
 quickstart: setup  ## tiny model, cold start, reinforcement learning, evaluation, Hugging Face export
 	$(BIN)/python tools/quickstart.py

@@ -1,13 +1,16 @@
 """Build and install spear_megatron with its compiled kernels (csrc/)."""
 
 import os
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import build_cuda  # noqa: E402
 
 
 def requirements(name: str) -> list[str]:
@@ -24,6 +27,11 @@ def sources(pattern: str) -> list[str]:
 class BuildKernels(build_ext):
     """Compiles csrc/ with one job per processor and says what is missing when it cannot."""
 
+    def run(self) -> None:
+        super().run()
+        # An editable installation and --inplace use the library from the source tree, others from what is installed.
+        compile_cuda((ROOT if self.inplace else Path(self.build_lib)) / "spear_megatron" / "_cuda.so")
+
     def build_extensions(self) -> None:
         try:
             with ParallelCompile(default=os.cpu_count() or 1):
@@ -33,6 +41,26 @@ class BuildKernels(build_ext):
                 f"{error}\nThe kernels in csrc/ need a GCC with C++17 and OpenMP, and the Python headers "
                 "(Debian and Ubuntu: apt-get install g++ libgomp1 python3-dev); CXX chooses the compiler."
             ) from error
+
+
+def compile_cuda(library: Path) -> None:
+    """Compile csrc/cuda/ where nvcc is there; SPEAR_CUDA=0 skips it, SPEAR_CUDA=1 requires it."""
+    wish = os.environ.get("SPEAR_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise CompileError(f"SPEAR_CUDA={wish} must be 0 (skip), 1 (require) or unset (where nvcc is found)")
+    nvcc = None if wish == "0" else build_cuda.find_nvcc()
+    if nvcc is None:
+        reason = "SPEAR_CUDA=0" if wish == "0" else "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
+        if wish == "1":
+            raise CompileError(f"SPEAR_CUDA=1, but {reason}")
+        print(f"CUDA kernels are not compiled: {reason}")
+        return
+    try:
+        build_cuda.build(nvcc, library)
+    except build_cuda.BuildError as error:
+        if wish == "1":
+            raise CompileError(str(error)) from error
+        print(f"CUDA kernels are not compiled: {error}")
 
 
 # No -march: the kernels are compiled for several instruction sets and choose at run time (csrc/foreach_isa.h).

@@ -8,6 +8,7 @@ void register_token_logprobs(py::module_&);
 void register_decoder(py::module_&);
 void register_policy_loss(py::module_&);
 void register_cov_select(py::module_&);
+void register_row_emulation(py::module_&);
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled CPU kernels of spear_megatron; use them through spear_megatron.kernels.";
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_C, module) {
     register_decoder(module);
     register_policy_loss(module);
     register_cov_select(module);
+    register_row_emulation(module);
 }

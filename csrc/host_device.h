@@ -1,8 +1,8 @@
-// SPEAR_HOST_DEVICE marks what C++ and CUDA sources share: such code uses neither the standard library nor exceptions.
+// Marks functions that the CPU and the CUDA kernels share.
 #pragma once
 
 #if defined(__CUDACC__)
-#define SPEAR_HOST_DEVICE __host__ __device__ inline
+#define SPEAR_HOST_DEVICE __host__ __device__
 #else
-#define SPEAR_HOST_DEVICE inline
+#define SPEAR_HOST_DEVICE
 #endif

@@ -8,7 +8,7 @@
 namespace spear {
 
 // Key of a position of a row: splitmix64 (Steele et al. 2014) of base + position. As in Python, keys compare as signed.
-SPEAR_HOST_DEVICE int64_t token_key(uint64_t base, uint64_t position) {
+SPEAR_HOST_DEVICE inline int64_t token_key(uint64_t base, uint64_t position) {
     uint64_t word = base + position + 0x9E3779B97F4A7C15u;
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
     word = (word ^ (word >> 27)) * 0x94D049BB133111EBu;
@@ -16,10 +16,10 @@ SPEAR_HOST_DEVICE int64_t token_key(uint64_t base, uint64_t position) {
 }
 
 // Words whose unsigned order is the order of the keys.
-SPEAR_HOST_DEVICE uint64_t ordered_word(int64_t key) { return static_cast<uint64_t>(key) ^ (uint64_t{1} << 63); }
+SPEAR_HOST_DEVICE inline uint64_t ordered_word(int64_t key) { return static_cast<uint64_t>(key) ^ (uint64_t{1} << 63); }
 
 // Words whose unsigned order is the order of the numbers (not NaN); both zeros give the same word.
-SPEAR_HOST_DEVICE uint64_t ordered_word(double number) {
+SPEAR_HOST_DEVICE inline uint64_t ordered_word(double number) {
     union {
         double value;
         uint64_t bits;
@@ -43,19 +43,19 @@ struct WordSearch {
 };
 
 // The search for the `k`-th smallest word, 1 <= k <= number of words.
-SPEAR_HOST_DEVICE WordSearch word_search(uint32_t k) { return {0, 0, k, 64 - kDigitBits, false}; }
+SPEAR_HOST_DEVICE inline WordSearch word_search(uint32_t k) { return {0, 0, k, 64 - kDigitBits, false}; }
 
-SPEAR_HOST_DEVICE bool is_left(const WordSearch& search, uint64_t word) {
+SPEAR_HOST_DEVICE inline bool is_left(const WordSearch& search, uint64_t word) {
     return (word & search.fixed) == search.last;
 }
 
-SPEAR_HOST_DEVICE uint32_t digit(const WordSearch& search, uint64_t word) {
+SPEAR_HOST_DEVICE inline uint32_t digit(const WordSearch& search, uint64_t word) {
     return static_cast<uint32_t>(word >> search.shift) & (kDigits - 1);
 }
 
 // The next step, from the histogram [kDigits] of the digits of the words that are left. Digits of neighbouring steps
 // may share bits at the low end, where 64 is no multiple of the digit: fixed ones then agree in all words left.
-SPEAR_HOST_DEVICE WordSearch narrowed(WordSearch search, const uint32_t* histogram) {
+SPEAR_HOST_DEVICE inline WordSearch narrowed(WordSearch search, const uint32_t* histogram) {
     uint32_t bin = 0;
     while (histogram[bin] < search.rank) search.rank -= histogram[bin++];
     search.last |= static_cast<uint64_t>(bin) << search.shift;

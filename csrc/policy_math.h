@@ -28,7 +28,7 @@ struct PolicyToken {
 };
 
 template <int kMode>
-SPEAR_HOST_DEVICE PolicyToken policy_token(const PolicyRule<float>& rule, float log_prob, float old_log_prob,
+SPEAR_HOST_DEVICE inline PolicyToken policy_token(const PolicyRule<float>& rule, float log_prob, float old_log_prob,
                                            float advantage, float weight, bool selected) {
     const float log_ratio = limited_log_ratio(log_prob, old_log_prob);
     const float ratio = expf(log_ratio);

@@ -26,7 +26,7 @@ struct PolicyTerms {
 // Difference of the log-probs limited to [-20, 20]; NaN where it is not finite, so that a broken log-prob reaches the
 // loss.
 template <typename Value>
-SPEAR_HOST_DEVICE SPEAR_ALWAYS_INLINE Value limited_log_ratio(Value log_prob, Value old_log_prob) {
+SPEAR_HOST_DEVICE inline SPEAR_ALWAYS_INLINE Value limited_log_ratio(Value log_prob, Value old_log_prob) {
     const Value limit = Value{} + 20.0f;
     const Value difference = log_prob - old_log_prob;
     const Value capped = difference > limit ? limit : difference;
@@ -36,7 +36,7 @@ SPEAR_HOST_DEVICE SPEAR_ALWAYS_INLINE Value limited_log_ratio(Value log_prob, Va
 // `ratio` is exp(`log_ratio`), and `log_ratio` is limited_log_ratio of the two log-probs. `selected`: the tokens chosen
 // by covariance, in the modes that choose. Where the limit is active there is no slope.
 template <int kMode, typename Value, typename Mask>
-SPEAR_HOST_DEVICE SPEAR_ALWAYS_INLINE PolicyTerms<Value, Mask> policy_terms(
+SPEAR_HOST_DEVICE inline SPEAR_ALWAYS_INLINE PolicyTerms<Value, Mask> policy_terms(
     const PolicyRule<Value>& rule, Value log_prob, Value old_log_prob, Value advantage, Value log_ratio, Value ratio,
     Mask selected) {
     const Value zero = {};

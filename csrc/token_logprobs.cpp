@@ -14,29 +14,12 @@
 #include "dtype.h"
 #include "isa.h"
 #include "online_softmax.h"
+#include "softmax_scale.h"
 
 namespace py = pybind11;
 
 namespace spear {
 namespace {
-
-// The temperature in the forms that the kernels use.
-struct Scale {
-    explicit Scale(double temperature)
-        : inv_temperature(1.0 / temperature),
-          log2_factor(static_cast<float>(inv_temperature * 1.4426950408889634)),
-          floor(static_cast<float>(-125.0 / (inv_temperature * 1.4426950408889634))) {}
-
-    double inv_temperature;
-    float log2_factor;  // exp(d / T) = 2^(d * log2_factor)
-    float floor;        // differences below it are clamped: their exponential is at most 2^-125
-};
-
-struct RowGradient {
-    float max;
-    float factor;
-    float slope;
-};
 
 struct RowKernels {
     using Forward = OnlineSoftmax (*)(const void* row, int64_t columns, const Scale& scale);
@@ -106,44 +89,35 @@ void forward(uintptr_t logits, int dtype, int64_t rows, int64_t row_stride, int6
         const int64_t local = target[row] - first_column;
         out[4 * row] = state.max;
         out[4 * row + 1] = static_cast<float>(state.sum);
-        out[4 * row + 2] = static_cast<float>(state.weighted);
+        out[4 * row + 2] = with_entropy ? static_cast<float>(state.weighted) : 0.0f;
         out[4 * row + 3] =
             local >= 0 && local < columns ? x.at(row, local) : -std::numeric_limits<float>::infinity();
     }
 }
 
-// One row of the gradient from g = (max, sum exp, entropy, gradient of the log-prob, gradient of the entropy), where
-// max and sum are those of the whole vocabulary. With p = exp((x - max) / T) / sum:
-//   d log p_t / dx_j = (1[j = t] - p_j) / T,   d H / dx_j = -p_j (log p_j + H) / T.
-// `target` is a local column, or outside of the row.
+// One row of the gradient, see GradientTerms for `g`. `target` is a local column, or outside of the row.
 void backward_row(const Matrix& x, const Matrix& y, int64_t row, int64_t target, const float* g, const Scale& scale,
                   RowKernels::Backward kernel) {
-    const double max = g[0], sum = g[1], entropy = g[2], grad_logprob = g[3], grad_entropy = g[4];
     const int64_t columns = x.columns;
+    const GradientTerms terms(g, scale.inv_temperature);
     std::memset(y.row(row) + columns * y.element_size(), 0,
                 static_cast<size_t>((y.columns - columns) * y.element_size()));
-    if (grad_logprob == 0 && grad_entropy == 0) {
+    if (terms.is_zero) {
         std::memset(y.row(row), 0, static_cast<size_t>(columns * y.element_size()));
         return;
     }
-    const double inv_t = scale.inv_temperature;
-    const double factor = -inv_t / sum * (grad_logprob + grad_entropy * (entropy - std::log(sum)));
-    const double slope = -inv_t / sum * inv_t * grad_entropy;
-    if (std::isnan(factor) || std::isnan(slope)) {
+    if (terms.is_nan()) {
         const float nan = std::numeric_limits<float>::quiet_NaN();
         for (int64_t column = 0; column < columns; ++column) y.set(row, column, nan);
         return;
     }
     const bool owned = target >= 0 && target < columns;
-    const double d = owned ? x.at(row, target) - max : 0;
-    kernel(x.row(row), y.row(row), columns, scale, {g[0], static_cast<float>(factor), static_cast<float>(slope)});
-    if (owned) {
-        const double e = std::exp(d * inv_t);
-        y.set(row, target, static_cast<float>((e > 0 ? e * (factor + slope * d) : 0) + inv_t * grad_logprob));
-    }
+    const float at_target = owned ? terms.at_target(x.at(row, target)) : 0;
+    kernel(x.row(row), y.row(row), columns, scale, terms.narrowed());
+    if (owned) y.set(row, target, at_target);
 }
 
-// row_grads holds five numbers per row, see backward_row; `out` may be the logits.
+// row_grads holds five numbers per row, see GradientTerms; `out` may be the logits.
 void backward(uintptr_t logits, int dtype, int64_t rows, int64_t row_stride, int64_t columns, uintptr_t targets,
               int64_t first_column, double temperature, bool with_entropy, uintptr_t row_grads, uintptr_t out,
               int64_t out_stride, int64_t out_columns, int threads, const char* isa) {

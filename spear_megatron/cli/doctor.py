@@ -41,7 +41,7 @@ def _run(run_dir: str) -> list[Finding]:
 def _machine() -> list[Finding]:
     from spear_megatron.observability.machine import diagnose_machine
 
-    return diagnose_machine({"compiled kernels": _kernels, "code sandbox": _sandbox})
+    return diagnose_machine({"compiled kernels": _kernels, "CUDA kernels": _cuda_kernels, "code sandbox": _sandbox})
 
 
 def _kernels() -> Finding:
@@ -52,6 +52,20 @@ def _kernels() -> Finding:
     if not state["compiled"]:
         return Finding("warning", "compiled kernels", "not usable, slower eager torch stands in", state["reason"])
     return Finding("ok", "compiled kernels", f"loaded, instruction set {state['isa']}")
+
+
+def _cuda_kernels() -> Finding:
+    import torch
+
+    from spear_megatron.kernels import available
+    from spear_megatron.observability.findings import Finding, Level
+
+    state = available()
+    if not state["cuda_reason"]:
+        return Finding("ok", "CUDA kernels", "compiled, loaded")
+    # Without a device nothing is slower for their absence.
+    level: Level = "warning" if torch.cuda.is_available() else "info"
+    return Finding(level, "CUDA kernels", "not usable, eager torch stands in on CUDA devices", state["cuda_reason"])
 
 
 def _sandbox() -> Finding:

@@ -8,6 +8,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
+from spear_megatron.kernels import cuda_library
 from spear_megatron.parallel.errors import RunError
 
 BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
@@ -50,17 +51,19 @@ def available() -> dict[str, Any]:
 
     Returns:
         ``compiled``: whether spear_megatron._C loads; ``reason``: why not, with the remedy, else ""; ``isa``: the
-        instruction set of the compiled CPU kernels (generic, avx2, avx512) or None; and per operation a mapping
-        from device type to "compiled" or "eager". ``cov_select`` always works on the CPU, wherever its tokens are.
+        instruction set of the compiled CPU kernels (generic, avx2, avx512) or None; ``cuda_reason``: why the CUDA
+        kernels do not load, with the remedy, else ""; and per operation a mapping from device type to "compiled" or
+        "eager". ``cov_select`` always works on the CPU, wherever its tokens are.
     """
     module, reason = _load()
+    on_cpu = "eager" if module is None else "compiled"
+    cuda_reason = cuda_library.missing_reason()
     return {
         "compiled": module is not None,
         "reason": reason,
         "isa": None if module is None else module.isa(),
-        **{
-            operation: {"cpu": "eager" if module is None else "compiled", "cuda": "eager"}
-            for operation in ("token_logprobs", "policy_loss")
-        },
-        "cov_select": {device: "eager" if module is None else "compiled" for device in ("cpu", "cuda")},
+        "cuda_reason": cuda_reason,
+        "token_logprobs": {"cpu": on_cpu, "cuda": "eager" if cuda_reason else "compiled"},
+        "policy_loss": {"cpu": on_cpu, "cuda": "eager"},
+        "cov_select": {"cpu": on_cpu, "cuda": on_cpu},
     }

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spear_megatron.kernels.backends import choose_backend
+from spear_megatron.kernels.checks import check_settings
 from spear_megatron.kernels.head_rows import select_rows
-from spear_megatron.kernels.logprobs import check_settings, choose_backend
 from spear_megatron.kernels.softmax_stats import (
     VocabShard,
     check_targets,

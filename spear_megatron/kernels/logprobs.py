@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spear_megatron.kernels import logprobs_compiled, logprobs_eager
-from spear_megatron.kernels.extension import missing_reason, warn_slow_path
+from spear_megatron.kernels.backends import choose_backend
+from spear_megatron.kernels.checks import check_inputs, check_settings
+from spear_megatron.kernels.ops import token_logprobs_op
 from spear_megatron.kernels.softmax_stats import (
     VocabShard,
     check_targets,
@@ -22,9 +22,6 @@ from spear_megatron.kernels.softmax_stats import (
     row_gradients,
     saved_for_backward,
 )
-from spear_megatron.parallel.errors import RunError
-
-IMPLEMENTATIONS = ("auto", "compiled", "eager")
 
 
 def token_logprobs(
@@ -41,10 +38,12 @@ def token_logprobs(
     """Log-probability of one target per row of logits and the entropy of the row, both differentiable.
 
     The forward pass reads the logits once and keeps three numbers per row; the backward pass recomputes the softmax
-    from the logits. Nothing of size [T, V] is stored besides the logits and their gradient.
+    from the logits. Nothing of size [T, V] is stored besides the logits and their gradient. Under torch.compile it is
+    one operator of the graph (`spear::token_logprobs`); with a group of several ranks it breaks the graph.
 
     Args:
-        logits: [T, V_local], fp32 or bf16 (eager also fp16 and fp64); rows of any stride, last dimension of stride 1.
+        logits: [T, V_local], fp32 or bf16 (on CUDA also fp16, eager also fp64); rows of any stride, last dimension of
+            stride 1.
             With a group, rank r holds the columns [r * V_local, (r + 1) * V_local) of the vocabulary.
         targets: int64 [T], global token ids below ``valid_vocab``. Out-of-range ids raise on the CPU; elsewhere,
             where a check would have to wait for the device, their log-prob is -inf.
@@ -55,9 +54,10 @@ def token_logprobs(
         group: tensor-parallel process group; None or one of size 1 means that every column is here. The forward pass
             makes one all-gather of [T, 4] fp32, the backward pass none: every rank must receive the same gradient
             of the results, as when all of them compute the same loss.
-        implementation: "auto" takes the compiled kernel on the CPU and the eager one on other devices; where the
-            compiled one cannot be used on the CPU (not built, other dtype) it warns once and takes the eager one.
-            "compiled" raises instead, "eager" never uses the compiled kernels. `available` tells what "auto" takes.
+        implementation: "auto" takes the compiled kernel on the CPU and on CUDA and the eager one on other devices;
+            where there is a compiled one that cannot be used (not built, other dtype) it warns once and takes the
+            eager one. "compiled" raises instead, "eager" never uses the compiled kernels. `available` tells what
+            "auto" takes.
         inplace_backward: the backward pass overwrites the logits with their gradient instead of allocating [T, V].
             Only for logits that nothing else reads afterwards; autograd detects a later backward use of them.
 
@@ -69,58 +69,22 @@ def token_logprobs(
         ValueError: shapes, dtypes, strides or values outside of what is described above.
         RunError: ``implementation="compiled"`` and the compiled kernels are missing or do not fit.
     """
-    _check(logits, targets, temperature, implementation)
+    check_inputs(logits, targets)
+    check_settings(temperature, implementation)
     shard, valid = own_shard(logits.shape[1], valid_vocab, group)
-    check_targets(targets, valid)
     if inplace_backward and 0 < logits.stride(0) < logits.shape[1]:
         raise ValueError("inplace_backward needs logits whose rows do not overlap; pass a contiguous tensor")
+    if torch.compiler.is_compiling() and (group is None or dist.get_world_size(group) == 1):
+        log_probs, entropy, _ = token_logprobs_op(
+            logits, targets, valid, temperature, with_entropy, implementation, inplace_backward
+        )
+        return log_probs, entropy if with_entropy else None
+    check_targets(targets, valid)
     backend = choose_backend(logits.dtype, logits.device, implementation)
     log_probs, entropy = _TokenLogprobs.apply(
         logits, targets.contiguous(), shard, temperature, with_entropy, group, backend, inplace_backward
     )  # fmt: skip
     return log_probs, entropy
-
-
-def _check(logits: Tensor, targets: Tensor, temperature: float, implementation: str) -> None:
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be floating [T, V], not {logits.dtype} {list(logits.shape)}")
-    if logits.shape[1] == 0:
-        raise ValueError("logits have no vocabulary columns")
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        raise ValueError("the last dimension of the logits must have stride 1; call .contiguous() first")
-    if targets.dtype != torch.int64 or targets.shape != logits.shape[:1] or targets.device != logits.device:
-        raise ValueError(
-            f"targets must be int64 [{logits.shape[0]}] on {logits.device}, "
-            f"not {targets.dtype} {list(targets.shape)} on {targets.device}"
-        )
-    check_settings(temperature, implementation)
-
-
-def check_settings(temperature: float, implementation: str) -> None:
-    """ValueError for a temperature or an implementation that does not exist."""
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature={temperature} must be finite and > 0")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
-
-
-def choose_backend(dtype: torch.dtype, device: torch.device, implementation: str) -> ModuleType:
-    """The module whose `row_stats` and `logits_grad` do the work on logits of that dtype and place.
-
-    Raises:
-        RunError: ``implementation="compiled"`` and the compiled kernels are missing or do not fit.
-    """
-    if implementation == "eager" or (implementation == "auto" and device.type != "cpu"):
-        return logprobs_eager
-    unfit = missing_reason()
-    if device.type != "cpu" or dtype not in logprobs_compiled.DTYPE_CODES:
-        unfit = f"no compiled token_logprobs for {dtype} on {device.type}"
-    if not unfit:
-        return logprobs_compiled
-    if implementation == "compiled":
-        raise RunError(unfit)
-    warn_slow_path(unfit)
-    return logprobs_eager
 
 
 class _TokenLogprobs(torch.autograd.Function):

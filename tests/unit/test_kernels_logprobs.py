@@ -61,6 +61,8 @@ def test_every_instruction_set_agrees_with_the_eager_implementation(isa: str, dt
     expected = logprobs_eager.row_stats(logits.double(), targets, shard, 0.8, True)
     assert torch.equal(stats[:, [0, 3]].double(), expected[:, [0, 3]])
     torch.testing.assert_close(stats.double(), expected, rtol=1e-6, atol=1e-5)
+    plain = logprobs_compiled.row_stats(logits, targets, shard, 0.8, False, isa)
+    assert torch.equal(plain[:, [0, 1, 3]], stats[:, [0, 1, 3]]) and plain[:, 2].eq(0).all()
     result = merge_stats(expected[None], 0.8)
     grads = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).double()
     row_grads = torch.cat((torch.stack((result.maximum, result.total, result.entropy), 1), grads), 1)

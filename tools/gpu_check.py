@@ -1,0 +1,112 @@
+"""Check the CUDA kernels on this machine: build them, test them on the device, measure them; one summary.
+
+    python tools/gpu_check.py           # what `make gpu-check` runs
+
+Needs a CUDA device, nvcc, and an environment with a CUDA build of torch, pytest and what setup.py needs; no network.
+The exit status is 0 only if every step succeeded. Results go to outputs/gpu_check/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "outputs" / "gpu_check"
+MIN_TORCH = (2, 11)
+KERNEL_TARGET = 0.9  # fraction of the copy bandwidth that the kernels alone are built to reach
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of the check and its result; ``seconds`` is wall time."""
+
+    name: str
+    passed: bool
+    seconds: float
+    detail: str
+
+
+def main() -> int:
+    """Run the steps; 0 if all passed."""
+    missing = unfit_machine()
+    if missing:
+        print(f"gpu-check: {missing}", file=sys.stderr)
+        return 1
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    benchmark = OUTPUT / "gpu_kernels.json"
+    benchmark.unlink(missing_ok=True)
+    steps = [run("build", ["setup.py", "build_ext", "--inplace"], {"SPEAR_CUDA": "1"})]
+    if steps[0].passed:
+        tests = ["tests/gpu", "tests/unit/test_kernels_cuda_library.py"]
+        steps.append(run("tests", ["-m", "pytest", "-q", "-rs", *tests]))
+        steps.append(run("benchmark", ["tools/bench_gpu_kernels.py", "--json", str(benchmark)]))
+    print_summary(steps, benchmark)
+    (OUTPUT / "summary.json").write_text(json.dumps([asdict(step) for step in steps], indent=1))
+    return 0 if all(step.passed for step in steps) else 1
+
+
+def unfit_machine() -> str:
+    """Why this machine cannot run the check; empty if it can."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported ({error}); install a CUDA build of torch"
+    if torch.version.cuda is None:
+        return f"there is no CUDA device to use: torch {torch.__version__} is built without CUDA; install a CUDA build"
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < MIN_TORCH:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, MIN_TORCH))}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device on this machine (torch.cuda.is_available() is False)"
+    return ""
+
+
+def run(name: str, arguments: list[str], variables: dict[str, str] | None = None) -> Step:
+    """Run this Python with ``arguments`` from the repository; what it prints goes to the terminal and to a log."""
+    print(f"--- {name}: python {' '.join(arguments)}", flush=True)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, **(variables or {})}
+    started, last = time.monotonic(), ""
+    with (
+        (OUTPUT / f"{name}.log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            log.write(line)
+            last = line.strip() or last
+    return Step(name, process.returncode == 0, time.monotonic() - started, last)
+
+
+def print_summary(steps: list[Step], benchmark: Path) -> None:
+    """One line per step, then what the kernels reached."""
+    print("\n=== gpu-check")
+    for step in steps:
+        print(f"{'passed' if step.passed else 'FAILED'}  {step.name}, {step.seconds:.0f} s: {step.detail}")
+    if benchmark.is_file():
+        report = json.loads(benchmark.read_text())
+        print(f"{report['device']}, torch {report['torch']}")
+        for result in report["results"]:
+            for item in result["passes"]:
+                if item["contender"].startswith("kernels alone"):
+                    reached = item["fraction_of_copy"]
+                    mark = "reached" if reached >= KERNEL_TARGET else f"below {KERNEL_TARGET}"
+                    print(f"{result['shape']} {item['pass']}: {reached:.2f} of the copy bandwidth, {mark}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
