@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from spear_megatron.kernels.extension import compiled_module, missing_reason, warn_slow_path
-from spear_megatron.kernels.logprobs import IMPLEMENTATIONS
+from spear_megatron.kernels.backends import IMPLEMENTATIONS
 from spear_megatron.parallel.errors import RunError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spear_megatron.kernels.extension import missing_reason, warn_slow_path
-from spear_megatron.kernels.logprobs import IMPLEMENTATIONS
+from spear_megatron.kernels.backends import IMPLEMENTATIONS
 from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens, loss_and_gradient
 from spear_megatron.kernels.policy_surrogates import check_mode, token_surrogate
 from spear_megatron.parallel.errors import RunError
