@@ -6,8 +6,8 @@
 Contenders: plain torch (linear, log_softmax in fp32, entropy), Megatron's own head followed by `token_logprobs` with
 the gradient in place, `linear_token_logprobs` with kept logits and with a budget that makes it compute them twice. All
 give log-probs and entropies. The bare products of matrices (one forward, two backward) are the floor. Samples are
-interleaved; ratios are medians over the rounds of time / (kept logits at full density). Peak memory is what the resident
-set of a fresh process grows by in one pass beyond hidden states, head and its gradient.
+interleaved; ratios are medians over the rounds of time / (kept logits at full density). Peak memory is what the
+resident set of a fresh process grows by in one pass beyond hidden states, head and its gradient.
 """
 
 from __future__ import annotations
