@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -23,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-WARM_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+from bench_common import keep_freed_memory, write_report  # noqa: E402
+
 KERNEL, KERNEL_INPLACE = "kernel", "kernel, in-place backward"
 
 
@@ -221,11 +220,9 @@ def print_table(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run the tasks and write the report."""
     arguments = parse_arguments()
-    if arguments.allocator == "warm" and any(os.environ.get(key) != value for key, value in WARM_ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **WARM_ALLOCATOR})  # read at start-up
+    if arguments.allocator == "warm":
+        keep_freed_memory()
     import torch
-
-    from spear_megatron.kernels import available
 
     torch.set_num_threads(arguments.threads)
     results = [
@@ -234,21 +231,12 @@ def main() -> None:
         for with_entropy in (False, True)
         for backward in (False, True)
     ]
-    report = {
-        "shape": [arguments.rows, arguments.vocab],
-        "threads": arguments.threads,
-        "allocator": arguments.allocator,
-        "rounds": arguments.rounds,
-        "torch": torch.__version__,
-        "kernels": available(),
-        "machine": platform.processor() or platform.machine(),
-        "results": results,
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1))
     print(f"[{arguments.rows}, {arguments.vocab}], {arguments.threads} threads, {arguments.allocator} allocator\n")
     print_table(results)
-    print(f"\nwritten to {arguments.json}")
+    write_report(
+        arguments.json, results, shape=[arguments.rows, arguments.vocab], threads=arguments.threads,
+        allocator=arguments.allocator, rounds=arguments.rounds,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

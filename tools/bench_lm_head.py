@@ -13,9 +13,7 @@ resident set of a fresh process grows by in one pass beyond hidden states, head 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from bench_kernels import WARM_ALLOCATOR, eager_with_entropy  # noqa: E402
+from bench_common import WARM_ALLOCATOR, keep_freed_memory, write_report  # noqa: E402
+from bench_kernels import eager_with_entropy  # noqa: E402
 
 BASE = "kept logits"
 
@@ -119,7 +118,7 @@ def peak_bytes(arguments: argparse.Namespace, dtype_name: str, density: float, n
     case = ["--dtypes", dtype_name, "--densities", str(density), "--memory-of", name]
     command = [sys.executable, __file__, *sizes, *case]
     env = {key: value for key, value in os.environ.items() if key not in WARM_ALLOCATOR}  # freed memory goes back
-    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=env, timeout=600).stdout)
 
 
 def print_growth(arguments: argparse.Namespace) -> None:
@@ -168,8 +167,8 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, An
 def main() -> None:
     """Run everything and write the report."""
     arguments = parse_arguments()
-    if any(os.environ.get(key) != value for key, value in WARM_ALLOCATOR.items()) and not arguments.memory_of:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **WARM_ALLOCATOR})  # read at start-up
+    if not arguments.memory_of:
+        keep_freed_memory()
     import torch
 
     torch.set_num_threads(arguments.threads)
@@ -186,17 +185,8 @@ def main() -> None:
             f"| {line['dtype']} | {line['density']:.0%} | {line['contender']} | {line['median_ms']:.1f} "
             f"| {line['ratio']:.2f} | {line['peak_mib']:.0f} |"
         )
-    report = {
-        "shape": [arguments.rows, arguments.hidden, arguments.vocab],
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "results": results,
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1))
-    print(f"\nwritten to {arguments.json}")
+    size = [arguments.rows, arguments.hidden, arguments.vocab]
+    write_report(arguments.json, results, shape=size, threads=arguments.threads, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ common formulation. Run it on an otherwise idle machine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -20,7 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WARM_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+from bench_common import keep_freed_memory, write_report  # noqa: E402
+
 KERNELS = "kernels"
 RATIO, LB, UB, CLIP_LOW, CLIP_HIGH = 0.02, 1.0, 40.0, 0.2, 0.28
 
@@ -182,27 +183,14 @@ def print_table(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run the sizes and write the report."""
     arguments = parse_arguments()
-    if any(os.environ.get(key) != value for key, value in WARM_ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **WARM_ALLOCATOR})  # read at start-up
+    keep_freed_memory()
     import torch
-
-    from spear_megatron.kernels import available
 
     torch.set_num_threads(arguments.threads)
     results = [measure(tokens, arguments.rounds, not arguments.no_compile) for tokens in arguments.tokens]
-    report = {
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        "torch": torch.__version__,
-        "kernels": available(),
-        "machine": platform.processor() or platform.machine(),
-        "results": results,
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1))
     print(f"{arguments.threads} threads, forward and backward pass\n")
     print_table(results)
-    print(f"\nwritten to {arguments.json}")
+    write_report(arguments.json, results, threads=arguments.threads, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

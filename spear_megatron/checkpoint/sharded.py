@@ -33,6 +33,7 @@ from spear_megatron.checkpoint.errors import CheckpointError
 from spear_megatron.data.files import FileEntry, FileSystem, hash_file
 from spear_megatron.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from spear_megatron.device.cpu_shim import megatron_on_cpu
+from spear_megatron.model.weight_map import unwrap
 from spear_megatron.parallel.agreement import gather_objects
 from spear_megatron.parallel.state import ParallelState
 
@@ -81,13 +82,6 @@ def sharded_model_state(model_chunks: Sequence[torch.nn.Module]) -> dict[str, An
     if len(modules) == 1:
         return {"model": modules[0].sharded_state_dict()}
     return {f"model{index}": module.sharded_state_dict() for index, module in enumerate(modules)}
-
-
-def unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    """The Megatron model inside its data-parallel and precision wrappers."""
-    while hasattr(module, "module"):
-        module = module.module
-    return module
 
 
 def plan_save(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from spear_megatron.model.weight_map import unwrap
+
 
 @dataclass(frozen=True, slots=True)
 class HeadInput:
@@ -24,7 +26,7 @@ class HeadInput:
 
 def head_weight(chunk: torch.nn.Module) -> torch.Tensor:
     """The LM head's weight of a last-stage chunk."""
-    model = _bare(chunk)
+    model = unwrap(chunk)
     weight: torch.Tensor = (
         model.shared_embedding_or_output_weight()
         if model.share_embeddings_and_output_weights
@@ -40,15 +42,9 @@ def without_head(chunk: torch.nn.Module) -> Iterator[None]:
     Megatron's GPTModel reads ``post_process`` when it decides whether to apply its output layer; the last norm belongs
     to the decoder, which keeps its own flag.
     """
-    model = _bare(chunk)
+    model = unwrap(chunk)
     before, model.post_process = model.post_process, False
     try:
         yield
     finally:
         model.post_process = before
-
-
-def _bare(chunk: torch.nn.Module) -> torch.nn.Module:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
