@@ -2,8 +2,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
+SGLANG_VENV ?= .venv-sglang
 
-.PHONY: setup cuda gpu-check quickstart test test-fast layouts kill-demo bench study docs clean
+.PHONY: setup sglang-server cuda gpu-check quickstart test test-fast layouts kill-demo bench study docs clean
 
 setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
 
@@ -15,6 +16,13 @@ $(VENV)/.ready: requirements/cpu.txt requirements/dev.txt requirements/build.txt
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+sglang-server: $(SGLANG_VENV)/.ready  ## a real SGLang server for a machine without a GPU, in an environment of its own
+
+$(SGLANG_VENV)/.ready: requirements/sglang-cpu.txt
+	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install -q --no-deps -r requirements/sglang-cpu.txt
+	touch $@
+
 cuda:  ## the CUDA kernels, where nvcc is there; needs no device
 	$(BIN)/python tools/build_cuda.py
 
@@ -24,10 +32,10 @@ gpu-check:  ## on a machine with a CUDA device: build, test and measure the CUDA
 quickstart: setup  ## tiny model, cold start, reinforcement learning, evaluation, Hugging Face export
 	$(BIN)/python tools/quickstart.py
 
-test: setup  ## every test that needs no GPU
+test: setup sglang-server  ## every test that needs no GPU
 	$(PYTEST) tests
 
-test-fast: setup  ## the first minutes' worth of tests
+test-fast: setup sglang-server  ## the first minutes' worth of tests
 	$(PYTEST) tests -m "not slow"
 
 layouts: setup  ## one step and three loop steps on every parallel layout, as a table
