@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from spear_megatron.algorithms.mismatch import Mismatch
     from spear_megatron.config.schema import Config
     from spear_megatron.data.batch_files import BatchInfo
     from spear_megatron.trainer.replay_batch import ReplayedBatch
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, metavar="NATS",
         help="mean difference to the engine above which the exit code is 1 (default: mismatch.warn of the run)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="picture of the tokens; DIR/mismatch.png if absent")
+    picture = "picture of the tokens' differences; DIR/mismatch.png if absent"
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help=picture)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override one key of the run's configuration")
 
 
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
             )  # fmt: skip
             is_exact = bool(args.model) or (checkpoint[0] if checkpoint else 0) == batch.info.policy_version
             _report(batch.info, result, weights, is_exact, args.out or args.batch / "mismatch.png")
-            print(f"mean difference to the engine: {level:.3g} nats, {'above' if level > limit else 'within'} {limit:g}")
+            verdict = "above" if level > limit else "within"
+            print(f"mean difference to the engine: {level:.3g} nats, {verdict} {limit:g}")
     return int(level > limit or result.nonfinite > 0)
 
 
@@ -119,8 +122,8 @@ def _report(info: BatchInfo, result: ReplayedBatch, weights: str, is_exact: bool
 
     from spear_megatron.observability.mismatch_view import print_mismatch, save_mismatch_plot
 
-    def plain(mismatch: object) -> dict[str, dict[str, float]] | None:
-        return None if mismatch is None else {name: asdict(value) for name, value in dict(mismatch).items()}  # type: ignore[call-overload]
+    def plain(mismatch: Mismatch | None) -> dict[str, dict[str, float]]:
+        return {name: asdict(value) for name, value in (mismatch or {}).items()}
 
     print(f"{info.kind} batch: {info.reason}")
     print(f"weights: {weights}; the batch was computed with version {info.policy_version}, update {info.update}")
@@ -128,7 +131,5 @@ def _report(info: BatchInfo, result: ReplayedBatch, weights: str, is_exact: bool
         print("these are not the weights of the batch: differences hold what they learned in between")
     if result.nonfinite:
         print(f"{result.nonfinite} log-probs are not finite")
-    engine = plain(result.engine)
-    assert engine is not None
-    print_mismatch(engine, plain(result.saved_engine), plain(result.saved))
+    print_mismatch(plain(result.engine), plain(result.saved_engine), plain(result.saved))
     print(f"picture: {save_mismatch_plot(picture, *result.tokens, title=f'{info.kind} batch of step {info.step}')}")

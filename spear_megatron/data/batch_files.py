@@ -110,7 +110,8 @@ class BatchFiles:
         with agreed(self._parallel, "saving of a batch"):
             if self._parallel.is_leader and rows:
                 part = (f"rank_{self._parallel.dp_rank:03d}.safetensors", len(rows))
-                write_atomically(folder / part[0], encode_records([_to_record(item) for item in rows]).numpy().tobytes())
+                buffer = encode_records([_to_record(item) for item in rows])
+                write_atomically(folder / part[0], buffer.numpy().tobytes())
         parts = [item for item in gather_objects(self._parallel, part) if item is not None]
         with agreed(self._parallel, "saving of a batch"):
             if first:

@@ -13,11 +13,12 @@ _HEADINGS = {"turn": "turn", "position": "position", "lag": "versions behind"}
 _MAX_POINTS = 20000
 
 
-def print_mismatch(engine: Figures, saved_engine: Figures | None, saved: Figures | None) -> None:
+def print_mismatch(engine: Figures, saved_engine: Figures, saved: Figures) -> None:
     """Print one line per bucket.
 
     Args:
-        engine: trainer now against engine. saved_engine: trainer then against engine. saved: trainer now against then.
+        engine: trainer now against engine. saved_engine: trainer then against engine. saved: trainer now against then;
+            the last two are empty where the trainer's log-probs were not saved.
     """
     from rich.console import Console
     from rich.table import Table
@@ -44,8 +45,8 @@ def _label(name: str) -> str:
     return f"{_HEADINGS[kind]} {bucket.replace('plus', '+')}" if bucket else "all"
 
 
-def _sizes(figures: Figures | None, name: str) -> str:
-    if figures is None or name not in figures:
+def _sizes(figures: Figures, name: str) -> str:
+    if name not in figures:
         return "-"
     return f"{figures[name]['abs_diff_mean']:.3g} ({figures[name]['abs_diff_max']:.3g})"
 

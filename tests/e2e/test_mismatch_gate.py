@@ -173,8 +173,8 @@ def test_an_engine_with_old_weights_is_stopped_at_the_first_step_that_they_serve
 def test_masked_trajectories_are_counted_and_leave_the_loss(
     train: Callable[..., int], tmp_path: Path, measure: str, bound: float
 ) -> None:
-    bounds = (f"{GATE}.mask={bound}", f"{GATE}.mask_by={measure}", f"{GATE}.warn=null", "trainer.total_training_steps=2")
-    assert train(*bounds, wrong={"noise": 2.0, "turn": 2}) == 0
+    bounds = (f"{GATE}.mask={bound}", f"{GATE}.mask_by={measure}", f"{GATE}.warn=null")
+    assert train(*bounds, "trainer.total_training_steps=2", wrong={"noise": 2.0, "turn": 2}) == 0
     for line in read_record(tmp_path / "run"):
         assert 0 < line["filter/mismatch"] < 1 and line["mismatch/warned"] == 0
         assert 0 < line["actor/tokens"] < line["perf/response_tokens"]
