@@ -166,7 +166,7 @@ def measure_rows(rows: Sequence[RowLogProbs], *, version: int, token_bound: floa
         size, limited = row_differences(row)
         ratio = limited.exp()
         columns = _bucket_indices(row, version)
-        values = torch.stack([torch.ones_like(size), (size > token_bound).double(), size, ratio - 1 - limited, ratio])
+        values = torch.stack([torch.ones_like(size), (size > token_bound).double(), size, _k3(limited), ratio])
         # One extra column takes what is in no bucket.
         added = torch.zeros(len(BUCKETS) + 1, len(values), dtype=torch.float64)
         sums.append(added.index_add_(0, columns, values.T.repeat(_KINDS, 1))[:-1])
@@ -178,6 +178,11 @@ def measure_rows(rows: Sequence[RowLogProbs], *, version: int, token_bound: floa
     by_row, largest = torch.stack(sums), torch.stack(maxima).amax(0)
     filled = by_row[:, :, 0].sum(0).nonzero().flatten().tolist()
     return {BUCKETS[column]: _column_sums(by_row[:, column].T.tolist(), largest[column].tolist()) for column in filled}
+
+
+def _k3(difference: torch.Tensor) -> torch.Tensor:
+    # exp(d) - 1 as one function: of the tiny differences of an honest engine little else would be left.
+    return torch.expm1(difference) - difference
 
 
 def _bucket_indices(row: RowLogProbs, version: int) -> torch.Tensor:
@@ -270,7 +275,7 @@ def sequence_sum(row: RowLogProbs, *, version: int, kind: str) -> tuple[int, flo
         raise ValueError(f"kind is {kind!r}; use abs_diff or k3.")
     current = version_lags(row.mask, row.policy_versions, version)[row.mask] == 0
     size, limited = row_differences(row)
-    values = size if kind == "abs_diff" else limited.exp() - 1 - limited
+    values = size if kind == "abs_diff" else _k3(limited)
     return int(current.sum()), float(values[current].sum())
 
 

@@ -19,6 +19,7 @@ CHECKS: tuple[Callable[[Record], Finding | None], ...] = (
     policy.rollout_drift,
     mismatch.mismatch_warned,
     mismatch.mismatch_masked,
+    mismatch.mismatch_blind,
     policy.zero_variance,
     policy.grad_norm_spikes,
     policy.nonfinite_steps,

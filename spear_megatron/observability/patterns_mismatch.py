@@ -37,6 +37,21 @@ def mismatch_warned(record: Record) -> Finding | None:
     )
 
 
+def mismatch_blind(record: Record) -> Finding | None:
+    """The gate has nothing to compare: every token comes from older weights than the trainer's."""
+    last = tail(record, "mismatch/tokens")
+    if last is None or last.value > 0:
+        return None
+    key = "algorithm.rollout_correction.mode"
+    return Finding(
+        "info",
+        "engine and trainer cannot be compared",
+        f"mismatch/tokens is {last}: no token was sampled by the trainer's own weights, so that the gate bounds nothing",
+        f"watch mismatch/lag_1 and older, which hold drift and learning together, and keep {key} on",
+        (key,),
+    )
+
+
 def mismatch_masked(record: Record) -> Finding | None:
     """The gate takes much of the batch out of the loss."""
     last = tail(record, "filter/mismatch")

@@ -208,6 +208,40 @@ def test_a_batch_that_was_not_finite_is_saved_in_the_same_form(
     assert code == 0 and level_of(told) < 1e-5 and "step_00000001 (version 1)" in told
 
 
+SPEAR = tuple(
+    f"actor_rollout_ref.actor.{key}" for key in (
+        "enable_trajectory_replay=true", "trajectory_buffer_size=6", "max_replay_loss_steps=2",
+        "replay.trigger_ratio=0.5", "replay.batch_size=5", "replay.require=none",
+    )
+)  # fmt: skip
+
+
+def test_replayed_rows_are_saved_apart_and_enter_no_figure(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spear_megatron.trainer.optimizer import PolicyOptimizer
+
+    norms = PolicyOptimizer.gradient_norm
+    calls = []
+
+    def broken(self: Any) -> float:
+        calls.append(norms(self))
+        return float("inf") if len(calls) == 3 else calls[-1]
+
+    monkeypatch.setattr(PolicyOptimizer, "gradient_norm", broken)
+    assert train(*SPEAR) == 0
+    folder = tmp_path / "run" / "nonfinite" / "step_000003.update_000"
+    batch = read_batch(folder)
+    replayed = [item.row for item in batch.rows if item.replayed]
+    assert 0 < len(replayed) < len(batch.rows) and all(row.trajectory.step < 3 for row in replayed)
+    # The pass before the update has measured: the batch holds its log-probs, of the step's own rows.
+    assert all((item.log_probs is None) == item.replayed for item in batch.rows)
+    code, told = replay(folder, capsys)
+    assert code == 0 and "step_00000002 (version 2)" in told and level_of(told) < 1e-5
+    again = int(re.search(r"all +│ +(\d+)", told)[1])  # type: ignore[index]
+    assert again == sum(int(item.row.response_mask.sum()) for item in batch.rows if not item.replayed)
+
+
 def test_bad_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, culprit in (([str(tmp_path)], "no saved batch"), ([str(tmp_path), "--out", "x.jpg"], "png")):
         assert main(["replay-dump", *arguments]) == 2

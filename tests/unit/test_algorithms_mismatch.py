@@ -121,6 +121,15 @@ def test_sums_are_exact() -> None:
     assert exact_sum([]) == exact_sum([0.0, -0.0]) == exact_sum([1e300, -1e300]) == ()
 
 
+def test_k3_of_tiny_differences_is_not_rounding_noise() -> None:
+    mask = torch.tensor([False, True])
+    row = RowLogProbs(log_probs=torch.tensor([0.0, 1e-7]), rollout_log_probs=torch.zeros(2), mask=mask)
+    difference = float(torch.tensor(1e-7))
+    expected = difference**2 / 2 + difference**3 / 6
+    assert measure([row], version=0, token_bound=BOUND)["all"].k3 == pytest.approx(expected, rel=1e-8)
+    assert sequence_sum(row, version=0, kind="k3") == (1, pytest.approx(expected, rel=1e-8))
+
+
 def test_nothing_to_measure() -> None:
     figures = measure([], version=0, token_bound=BOUND)
     assert list(figures) == ["all"] and figures["all"] == BucketFigures(0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0)

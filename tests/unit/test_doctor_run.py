@@ -124,6 +124,10 @@ PATTERNS: dict[str, tuple[list[Line], str, str]] = {
     "many trajectories are masked for mismatch": (
         changed(filter__mismatch=constant(0.4)), "filter/mismatch is 0.4", "mismatch.mask",
     ),  # fmt: skip
+    "engine and trainer cannot be compared": (
+        changed(mismatch__tokens=constant(0), mismatch__lag_1=constant(0.01)), "mismatch/tokens is 0 over steps 26-30",
+        "rollout_correction.mode",
+    ),  # fmt: skip
     "responses are cut": (changed(response_length__clip_ratio=constant(0.5)), "0.5", "data.max_response_length"),
     "length explosion": (
         changed(response_length__mean=ramp(100, 900), success__mean=lambda s, v: 0.4 + 0.001 * s),
