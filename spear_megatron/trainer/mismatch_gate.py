@@ -115,9 +115,17 @@ def row_pair(row: Row, log_probs: torch.Tensor) -> RowLogProbs:
 
 
 def mismatch_metrics(mismatch: Mismatch) -> dict[str, float]:
-    """The figures by names of the record: all of the tokens of current weights, of the buckets the mean of \\|d\\|."""
+    """The figures by names of the record: all of the tokens of current weights, of the buckets the mean of |d|."""
     total = mismatch["all"]
-    metrics = {f"mismatch/{name}": float(value) for name, value in asdict(total).items()}
+    metrics = {
+        "mismatch/tokens": float(total.tokens),
+        "mismatch/abs_diff_mean": total.abs_diff_mean,
+        "mismatch/abs_diff_max": total.abs_diff_max,
+        "mismatch/k3": total.k3,
+        "mismatch/ratio_mean": total.ratio_mean,
+        "mismatch/ratio_max": total.ratio_max,
+        "mismatch/over_bound": total.over_bound,
+    }
     return metrics | {f"mismatch/{name}": value.abs_diff_mean for name, value in mismatch.items() if name != "all"}
 
 
