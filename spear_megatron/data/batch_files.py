@@ -143,8 +143,11 @@ def read_batch(folder: Path) -> SavedBatch:
         raise ValueError(f"{folder} is no saved batch ({error}): give a folder {kinds} of a run directory") from error
     if (found := values.pop("format_version", None)) != FORMAT_VERSION:
         raise ValueError(f"{folder / INFO_NAME} has format_version {found}, this code reads {FORMAT_VERSION}")
+    files, known = values.pop("files", None), set(BatchInfo.__dataclass_fields__)
+    if files is None or set(values) != known:
+        raise ValueError(f"{folder / INFO_NAME} lacks or adds fields of {', '.join(sorted(known))}: copy it anew")
     rows: list[BatchRow] = []
-    for part in values.pop("files"):
+    for part in files:
         path = folder / part["name"]
         if not path.is_file():
             raise ValueError(f"{path} is missing: the batch is not complete, copy it anew")

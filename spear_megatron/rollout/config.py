@@ -56,9 +56,10 @@ class ValKwargsConfig:
 class MismatchConfig:
     """Bounds on the difference d between the trainer's and the engine's log-probs of sampled tokens, in nats.
 
-    Only tokens of the current weights count. Measured means of |d|: about 2e-7 with the embedded engine and an fp32
-    trainer, about 1e-2 where bf16 engine and trainer use different kernels; wrong weights, templates or temperatures
-    give 0.1 and more. So the default of ``warn`` lies between the last two; to mask and to stop are choices.
+    Only tokens of the current weights count. Means of |d| to expect: 2e-7 with the embedded engine and an fp32 trainer,
+    3e-3 to 1e-2 with a bf16 trainer, about 1e-2 where bf16 engine and trainer use different kernels; wrong weights,
+    templates or temperatures give 0.1 and more. So the default of ``warn`` lies in between; to mask and to stop are
+    choices, because one bound does not fit every engine.
 
     Attributes:
         warn: warn in every step whose mean |d| is above it; null never does.

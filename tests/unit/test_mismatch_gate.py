@@ -110,6 +110,42 @@ def test_the_mask_is_over_all_segments_of_a_trajectory() -> None:
     assert MismatchGate(MismatchConfig(), ALONE, Saved()).masked(rows, values, VERSION) == {}
 
 
+@pytest.mark.parametrize("in_statistics", [True, False])
+def test_masked_trajectories_leave_the_statistics_like_filtered_ones(in_statistics: bool) -> None:
+    from spear_megatron.algorithms.config import AlgorithmConfig
+    from spear_megatron.rollout.engine import SamplingParams
+    from spear_megatron.trainer.parts import StepSettings
+    from spear_megatron.trainer.run import Run
+    from spear_megatron.trainer.run_config import TrainerConfig
+    from spear_megatron.trainer.scoring import Scores
+
+    sampling, told = SamplingParams(max_new_tokens=8), []
+    settings = StepSettings(
+        prompts_per_step=1, samples_per_prompt=3, sampling=sampling, val_samples=1, val_sampling=sampling,
+        ppo_mini_batch_size=1, ppo_epochs=1, mismatch=MismatchConfig(warn=None, mask=0.5),
+    )  # fmt: skip
+    recorder = SimpleNamespace(message=told.append)
+    parts: Any = SimpleNamespace(parallel=ALONE, imitation=None, recorder=recorder)
+    algorithm = AlgorithmConfig(filtered_in_statistics=in_statistics)
+    run = Run(parts=parts, settings=settings, trainer=TrainerConfig(), algorithm=algorithm)
+    rows = [make_row(sample) for sample in range(3)]
+    rows = [replace(row, old_log_probs=shifted(row, *[size] * 5)) for row, size in zip(rows, (0.0, 0.9, 0.9))]
+    names = [row.trajectory for row in rows]
+    values = dict.fromkeys(names, 1.0)
+    scores = Scores(
+        mu=0.0, base=values, bonus=values, rewards=values, masked={names[2]: "overlong"}, counted=frozenset(names),
+        groups=frozenset({names[0].group}),
+    )  # fmt: skip
+    assert run.check_rollout(VERSION + 1, scores, rows) is scores  # nothing was computed before the update
+    run._passed = True
+    checked = run.check_rollout(VERSION + 1, scores, rows)
+    assert checked.masked == {names[1]: "mismatch", names[2]: "overlong"} and told == []
+    assert checked.counted == (frozenset(names) if in_statistics else {names[0]})
+    assert run._metrics["filter/mismatch"] == pytest.approx(2 / 3) and run._measured
+    after = run.with_advantages(rows, replace(checked, advantages=values))
+    assert [bool(row.response_mask.any()) for row in after] == [True, False, False]
+
+
 @pytest.mark.parametrize("name", ["warn", "stop", "mask", "token_bound"])
 def test_bounds_must_be_positive(name: str) -> None:
     for value in (0.0, -1.0, float("inf"), float("nan")):
@@ -173,6 +209,9 @@ def test_damaged_batches_are_refused_by_name(tmp_path: Path) -> None:
     text = (folder / INFO_NAME).read_text()
     (folder / INFO_NAME).write_text(json.dumps({**json.loads(text), "format_version": 2}))
     with pytest.raises(ValueError, match="format_version 2"):
+        read_batch(folder)
+    (folder / INFO_NAME).write_text(text.replace('"reason"', '"cause"'))
+    with pytest.raises(ValueError, match="lacks or adds fields"):
         read_batch(folder)
     (folder / INFO_NAME).write_text(text.replace('"rows": 1', '"rows": 2'))
     with pytest.raises(ValueError, match="1 rows instead of 2"):
