@@ -23,7 +23,7 @@ RUN = (
     "trainer.val_before_train=false", "trainer.save_hf=false", "data.train_batch_size=4",
     "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.actor.optim.lr=3e-3", "actor_rollout_ref.actor.entropy_coeff=0.05",
-    "reward.name=test_mismatch_gate:EvenTokens",
+    "reward.name=test_mismatch_commands:EvenTokens",
 )  # fmt: skip
 
 
