@@ -46,7 +46,7 @@ def mismatch_blind(record: Record) -> Finding | None:
     return Finding(
         "info",
         "engine and trainer cannot be compared",
-        f"mismatch/tokens is {last}: no token was sampled by the trainer's own weights, so that the gate bounds nothing",
+        f"mismatch/tokens is {last}: no token was sampled by the trainer's own weights, so the gate bounds nothing",
         f"watch mismatch/lag_1 and older, which hold drift and learning together, and keep {key} on",
         (key,),
     )
