@@ -39,6 +39,7 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     check_group_size(algorithm.adv_estimator, rollout.n)
     check_group_filters(algorithm.filter_groups.enable, rollout.rollout_filter_ratio, rollout.n)
     check_old_log_prob(actor.old_log_prob, algorithm.rollout_correction.mode, algorithm.use_kl_in_reward)
+    check_mismatch_mask(rollout.mismatch.mask, actor.old_log_prob)
     check_denominator(actor.sum_norm_denominator, actor.loss_agg_mode)
     check_trigger(config)
     check_train_sampling(rollout.top_p, rollout.top_k)
@@ -170,6 +171,19 @@ def check_old_log_prob(old_log_prob: str, correction: str, kl_in_reward: bool) -
         raise ValueError(
             f"algorithm.use_kl_in_reward=true compares the trainer's log-probs with the reference, but {key}=rollout "
             f"skips their pass: set {key}=trainer, or take {_ACTOR}.use_kl_loss instead"
+        )
+
+
+def check_mismatch_mask(mask: float | None, old_log_prob: str) -> None:
+    """Masking before the update needs the pass that computes the trainer's log-probs. Raises ValueError.
+
+    Args:
+        mask: ``rollout.mismatch.mask``. old_log_prob: ``actor.old_log_prob``.
+    """
+    if mask is not None and old_log_prob == "rollout":
+        raise ValueError(
+            f"{_ROLLOUT}.mismatch.mask={mask} compares the trainer's log-probs with the engine's before the update, "
+            f"but {_ACTOR}.old_log_prob=rollout skips their pass: set old_log_prob=trainer, or mask=null"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from spear_megatron.observability.schema_mismatch import MISMATCH
 from spear_megatron.observability.schema_spear import SPEAR
 from spear_megatron.observability.schema_types import Metric, spread
 
@@ -109,7 +110,9 @@ _VALIDATION = (
     Metric("env/<name>", "whatever a custom environment or reward reports, mean over trajectories", "any"),
 )
 
-METRICS: tuple[Metric, ...] = (*_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *_TIMING, *_PERF, *_VALIDATION)
+METRICS: tuple[Metric, ...] = (
+    *_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *MISMATCH, *_TIMING, *_PERF, *_VALIDATION,
+)  # fmt: skip
 
 
 def _pattern(name: str) -> re.Pattern[str]:
