@@ -175,6 +175,8 @@ class Row:
 class MicroBatch:
     """Rows packed back to back into one THD sequence of ``T`` tokens, padded at the end by a zero-weight dummy.
 
+    Under context parallelism a rank computes on its own part of the tokens; ``cu_seqlens`` stays that of all.
+
     Attributes:
         tokens, targets, position_ids: int64 [T]; ``targets[t]`` is the token that follows ``tokens[t]`` in its row.
         cu_seqlens: int32 [num_sequences + 1], offsets of the packed sequences; the last equals ``T``.

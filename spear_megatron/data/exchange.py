@@ -121,7 +121,7 @@ def exchange(
         outgoing[destination].append(record)
     deadline = timedelta(seconds=timeout_s)
     staying: list[TensorRecord] = []
-    if parallel.tp_size * parallel.pp_size == 1:
+    if parallel.model_size == 1:
         staying, outgoing[parallel.dp_rank] = outgoing[parallel.dp_rank], staying
     received: list[torch.Tensor] = []
     if parallel.is_leader:
@@ -130,7 +130,7 @@ def exchange(
             received = _all_to_all(buffers, parallel, phase, deadline)
         else:
             received = [_concatenated(buffers[0])]
-    if parallel.tp_size * parallel.pp_size > 1:
+    if parallel.model_size > 1:
         received = _broadcast(received, parallel, phase, deadline)
     arrived = [decode_records(buffer) for buffer in received]
     arrived[parallel.dp_rank] += staying

@@ -25,6 +25,7 @@ from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.kernels import linear_token_logprobs
 from spear_megatron.model.head import HeadInput
 from spear_megatron.parallel.agreement import agree_any, gather_objects
+from spear_megatron.parallel.context import context_multiple, gathered_order
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.trainer.config import ActorConfig
 from spear_megatron.trainer.figures import Figures, StepFigures, policy_metrics, reduce_figures, rollout_metrics
@@ -282,9 +283,10 @@ class Actor:
         )
 
     def _share_last_stage(self, values: Sequence[torch.Tensor], batch: TrainBatch) -> list[torch.Tensor]:
-        """Per-micro-batch results of the last stage on every stage, on the host."""
+        """Per-micro-batch results of the last stage, of all tokens, on every rank of the model copy, on the host."""
         parallel = self._parallel
         shape = (len(batch.micro_batches), len(batch.micro_batches[0].tokens))
+        values = self._all_tokens(values, batch)
         if parallel.pp_size == 1:
             return [value.cpu() for value in values]
         stacked = torch.stack(list(values)) if values else torch.empty(shape, device=parallel.platform.device)
@@ -292,13 +294,26 @@ class Actor:
         dist.broadcast(stacked, last, group=parallel.pp_group)
         return list(stacked.cpu())
 
+    def _all_tokens(self, values: Sequence[torch.Tensor], batch: TrainBatch) -> Sequence[torch.Tensor]:
+        """Per-micro-batch results [T] from those of this context-parallel rank's tokens."""
+        parallel = self._parallel
+        if parallel.cp_size == 1 or not values:
+            return values
+        own = torch.stack(list(values)).contiguous()
+        parts = [torch.empty_like(own) for _ in range(parallel.cp_size)]
+        dist.all_gather(parts, own, group=parallel.cp_group)
+        orders = [gathered_order(tuple(item.cu_seqlens.tolist()), parallel.cp_size) for item in batch.micro_batches]
+        return [row[order.to(row.device)] for row, order in zip(torch.cat(parts, dim=1), orders, strict=True)]
+
     def _pack(self, rows: Sequence[WeightedRow], share: bool = False) -> TrainBatch:
-        parallel, megatron = self._parallel, self._config.megatron
+        parallel, sequence_parallel = self._parallel, self._config.megatron.sequence_parallel
+        multiple = context_multiple(parallel.cp_size)
         ordered = sorted(rows, key=lambda item: row_key(item.row))
         plan = plan_packing(
             [packed_length(item.row.response_mask) for item in ordered],
             max_tokens=self._config.ppo_max_token_len_per_gpu,
-            length_multiple=parallel.tp_size if megatron.sequence_parallel else 1,
+            length_multiple=math.lcm(multiple, parallel.cp_size * (parallel.tp_size if sequence_parallel else 1)),
+            sequence_multiple=multiple,
             count_multiple=parallel.pp_size if parallel.vpp_size else 1,
             reduce_max=self._max_over_ranks,
         )
