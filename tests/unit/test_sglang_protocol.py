@@ -144,7 +144,8 @@ def test_aborts_keep_whole_tokens_or_none() -> None:
     result = parse(answer(finish_reason=running, weight_version="4", weight_versions=None), stopping(1))
     assert result.finish == "abort" and result.message == "Aborted"
     assert len(result.output_ids) == len(result.log_probs) == len(result.policy_versions) == 4
-    queued = {"text": "", "meta_info": {"id": "R", "finish_reason": {"type": "abort", "message": "Abort in waiting queue"}}}
+    reason = {"type": "abort", "message": "Abort in waiting queue"}
+    queued = {"text": "", "meta_info": {"id": "R", "finish_reason": reason}}
     result = parse(queued)
     assert result.output_ids == result.log_probs == () and result.message == "Abort in waiting queue"
     unlogged = answer(finish_reason=running, output_token_logprobs=None, output_token_logprobs_length=0)

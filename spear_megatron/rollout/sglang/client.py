@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from spear_megatron.rollout.sglang.protocol import (
 
 _CONNECT_S = 10.0
 _ABORT_S = 10.0
+_POLL_S = 0.005
 # uvicorn closes a connection that was idle for 5 s; one that is taken at that moment loses its request.
 _KEEP_ALIVE_S = 3.0
 _PASSING_STATUS = (429, 500, 502, 503, 504)
@@ -184,8 +186,11 @@ class ServerClient:
         return content
 
     async def close(self) -> None:
-        """Finish aborts under way and close the connections."""
+        """Lose what is pending, tell the server, and close the connections."""
         self.mark_down("the client was closed")
+        end = time.monotonic() + _CONNECT_S
+        while self.load and time.monotonic() < end:
+            await asyncio.sleep(_POLL_S)
         await asyncio.gather(*self._background, return_exceptions=True)
         if self._http is not None:
             await self._http.close()
@@ -197,7 +202,8 @@ class ServerClient:
         down = self._down_future()
         sending = asyncio.create_task(self._send(generate_payload(request, rid), session), name=rid)
         try:
-            await asyncio.wait({sending, down}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {sending, down}
+            await asyncio.wait(first, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             sending.cancel()
             self._spawn(self.abort(rid))
@@ -207,7 +213,8 @@ class ServerClient:
             await asyncio.gather(sending, return_exceptions=True)
             if down.done():
                 self._spawn(self.abort(rid))
-                raise RequestLost(f"{self.url} went down under request {rid!r} ({down.result()})", retry=True, gone=False)
+                message = f"{self.url} went down under request {rid!r} ({down.result()})"
+                raise RequestLost(message, retry=True, gone=False)
             gone = not await self.abort(rid)
             raise RequestLost(self._late(request, rid, deadline_s), retry=False, gone=gone)
         try:

@@ -65,7 +65,7 @@ class SGLangConfig:
 def _require_url(key: str, url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
-        raise ValueError(f"{key}: {url!r} is not the URL of a server, give scheme, host and port: http://10.0.0.7:30000")
+        raise ValueError(f"{key}: {url!r} is no URL of a server: give scheme, host and port, as http://10.0.0.7:30000")
 
 
 def _require_positive_number(key: str, value: float) -> None:

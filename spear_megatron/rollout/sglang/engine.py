@@ -103,7 +103,7 @@ class SGLangEngine:
 
         Raises:
             ValueError: the request can never be served, or one of its id is under way (names the field).
-            EngineError: no server answered, an answer was malformed or without policy version, or the engine was closed.
+            EngineError: no server answered, an answer was malformed or without policy version, or the engine is closed.
         """
         check_request(request, vocab_size=self._shape.vocab_size, max_model_len=self._max_model_len)
         if self._closed:

@@ -48,10 +48,8 @@ class ServerPool:
         while (best := self._least_loaded()) is None:
             if time.monotonic() >= end:
                 reasons = "; ".join(f"{client.url}: {client.down_reason}" for client in self.clients)
-                raise EngineError(
-                    f"no SGLang server came back within sglang.request_timeout_s={self._settings.request_timeout_s:g} s "
-                    f"({reasons})"
-                )
+                limit = f"sglang.request_timeout_s={self._settings.request_timeout_s:g} s"
+                raise EngineError(f"no SGLang server came back within {limit} ({reasons})")
             await asyncio.sleep(_POLL_S)
         home = self._homes.get(session)
         if home is None or home.is_down or (_is_full(home) and not _is_full(best)):
