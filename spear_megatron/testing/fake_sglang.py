@@ -56,6 +56,8 @@ class FakeSGLang:
         updates: names of the tensors of every weight update.
         events: endpoints of control requests in order.
         peak: most requests at a time.
+        healthy, health_delay_s, num_health_checks: the health check's answer, what it takes, and how often it came.
+        control_delay_s: what /get_server_info takes.
         dead: what killed the server, or None.
     """
 
@@ -74,6 +76,9 @@ class FakeSGLang:
         self.seconds_per_token, self.version, self.weight_version = seconds_per_token, version, weight_version
         self.faults = list(faults)
         self.healthy = True
+        self.health_delay_s = 0.0
+        self.control_delay_s = 0.0
+        self.num_health_checks = 0
         self.received: list[tuple[str, tuple[int, ...]]] = []
         self.answered: list[str] = []
         self.sampled: dict[str, int] = {}
@@ -267,9 +272,12 @@ class FakeSGLang:
         return web.Response()
 
     async def _health(self, request: web.Request) -> web.Response:
+        self.num_health_checks += 1
+        await asyncio.sleep(self.health_delay_s)
         return web.Response(status=200 if self.healthy else 503)
 
     async def _server_info(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self.control_delay_s)
         facts = {"version": self.version, "max_total_num_tokens": 16384, "context_length": None, "tp_size": 1}
         return web.json_response(facts)
 

@@ -8,13 +8,21 @@ from urllib.parse import urlsplit
 
 from spear_megatron.rollout.sglang.client import ServerClient, ServerStats
 
-_PER_SERVER = {
-    "attempts": "num_attempts",
-    "sampled_tokens": "num_sampled_tokens",
-    "prompt_tokens": "num_prompt_tokens",
-    "cached_tokens": "num_cached_tokens",
-    "aborted": "num_aborted",
-    "lost": "num_lost",
+_TOTALS = {
+    "engine/attempts": "num_attempts",
+    "engine/sampled_tokens": "num_sampled_tokens",
+    "engine/prompt_tokens": "num_prompt_tokens",
+    "engine/cached_tokens": "num_cached_tokens",
+    "engine/aborted": "num_aborted",
+    "engine/lost": "num_lost",
+}
+_OF_ONE = {
+    "engine_server/<server>/attempts": "num_attempts",
+    "engine_server/<server>/sampled_tokens": "num_sampled_tokens",
+    "engine_server/<server>/prompt_tokens": "num_prompt_tokens",
+    "engine_server/<server>/cached_tokens": "num_cached_tokens",
+    "engine_server/<server>/aborted": "num_aborted",
+    "engine_server/<server>/lost": "num_lost",
 }
 
 
@@ -56,10 +64,10 @@ class EngineStats:
             "engine/moved_sessions": self.num_moved_sessions,
         }
         total = self.total
-        now |= {f"engine/{figure}": getattr(total, field) for figure, field in _PER_SERVER.items()}
+        now |= {key: getattr(total, field) for key, field in _TOTALS.items()}
         for url, stats in self.by_server.items():
             name = server_name(url)
-            now |= {f"engine_server/{name}/{figure}": getattr(stats, field) for figure, field in _PER_SERVER.items()}
+            now |= {key.replace("<server>", name): getattr(stats, field) for key, field in _OF_ONE.items()}
         since = {key: float(value - self._taken.get(key, 0.0)) for key, value in now.items()}
         self._taken = now
         return since | {"engine/servers_down": float(sum(client.is_down for client in self._clients))}
