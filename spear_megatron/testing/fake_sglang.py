@@ -301,13 +301,17 @@ class FakeSGLang:
             self._unpaused.set()
         elif not self._is_at_least(21):
             return web.json_response({"detail": "Not Found"}, status=404)
+        elif self._session == (endpoint == "begin_weight_update"):
+            state = "a" if self._session else "no"
+            text = f"{state} weight-update session is {'already ' if self._session else ''}open"
+            return web.json_response({"success": False, "message": text}, status=400)
         else:
-            self._session = endpoint == "begin_weight_update"
+            self._session = not self._session
         return web.json_response({"message": "ok", "status": "ok"})
 
     async def _flush(self, request: web.Request) -> web.Response:
         self.events.append("flush_cache")
-        if self._running and self._unpaused.is_set():
+        if self._running and (self._unpaused.is_set() or float(request.query.get("timeout", 0)) > 0):
             return web.Response(status=400, text="Flush cache failed.")
         self._seen.clear()
         return web.Response(text="Cache flushed.")

@@ -389,7 +389,7 @@ def test_an_engine_that_does_not_send_waits_for_the_one_that_does() -> None:
     ("options", "message"),
     [
         ({"version": "0.5.14"}, "runs SGLang 0.5.14: start one of 0.5.15 or newer"),
-        ({"context_length": 257}, r"holds 257 tokens of a request .--context-length.*max_model_len=256 needs 258"),
+        ({"context_length": 257}, r"holds 257 tokens of a request .--context-length.*max_model_len=256 needs 262"),
     ],
 )
 def test_servers_that_cannot_serve_the_lengths_or_are_too_old_are_refused_by_name(

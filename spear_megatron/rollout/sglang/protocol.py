@@ -236,7 +236,7 @@ def _check_end(
     if finish == "length" and len(ids) != limit:
         raise ProtocolError(
             f"{where}: it ended by length after {len(ids)} of max_new_tokens={limit}: the server's context is too "
-            "short, start it with a larger --context-length (at least actor_rollout_ref.rollout.max_model_len + 2)"
+            "short, start it with a larger --context-length (at least actor_rollout_ref.rollout.max_model_len + 6)"
         )
     if finish == "stop" and (not ids or reason.get("matched") != ids[-1]):
         raise ProtocolError(f"{where}: it stopped at {reason.get('matched')!r}, which is not its last token")

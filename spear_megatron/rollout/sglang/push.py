@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import pickle
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,19 +38,49 @@ def push_weights(
     """
     for server in servers:
         server.pause("retract")
-        server.flush_cache(idle_timeout_s)
-        server.begin_update()
-    buckets = _buckets(checked(named_tensors, shape), max_bucket_bytes)
+        _flush(server, idle_timeout_s)
+    with _sessions(servers):
+        _send(servers, _buckets(checked(named_tensors, shape), max_bucket_bytes), version)
+    for server in servers:
+        _flush(server, idle_timeout_s)
+        server.resume()
+
+
+def _flush(server: ControlClient, timeout_s: float) -> None:
+    """Empty the cache of a paused server, whose waiting requests do not count.
+
+    The server's own wait is of no use here: it ends when nothing waits, which a pause prevents.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            return server.flush_cache(0.0)
+        except EngineError as error:
+            if time.monotonic() >= end:
+                raise EngineError(
+                    f"{error}; the paused server was not idle within {timeout_s:g} s (SGLang before 0.5.21 must have "
+                    "no requests, running or waiting, when weights change)"
+                ) from error
+        time.sleep(_POLL_S)
+
+
+def _send(servers: Sequence[ControlClient], buckets: Iterator[list[Named]], version: int) -> None:
     sizes = [server.server_info().tp_size for server in servers]
     for bucket, is_last in _with_last(buckets):
         text = serialize(bucket)
         for server, size in zip(servers, sizes, strict=True):
             label = str(version) if is_last else None
             server.update_from_tensors([text] * size, version=label, flush=False)
-    for server in servers:
-        server.end_update()
-        server.flush_cache(idle_timeout_s)
-        server.resume()
+
+
+@contextlib.contextmanager
+def _sessions(servers: Sequence[ControlClient]) -> Iterator[None]:
+    """A session of updates on every server. None is left open after an error: the next update would be refused."""
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            server.begin_update()
+            stack.callback(server.end_update)
+        yield
 
 
 def await_label(servers: Sequence[ControlClient], version: int, *, timeout_s: float) -> None:

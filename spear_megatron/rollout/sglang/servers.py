@@ -10,7 +10,7 @@ from spear_megatron.model.shape import ModelShape
 from spear_megatron.rollout.sglang.client import ServerClient
 from spear_megatron.rollout.sglang.control import FIRST_VERSION, parse_version
 
-RESERVED_TOKENS = 2  # a server ends a request this many tokens before its context or its cache is full
+RESERVED_TOKENS = 6  # a server refuses prompts and ends requests up to this close to the end of its context or cache
 
 
 async def check_server(client: ServerClient, shape: ModelShape, max_model_len: int) -> None:
