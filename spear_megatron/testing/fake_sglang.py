@@ -57,7 +57,7 @@ class FakeSGLang:
         events: endpoints of control requests in order.
         peak: most requests at a time.
         healthy, health_delay_s, num_health_checks: the health check's answer, what it takes, and how often it came.
-        control_delay_s: what /get_server_info takes.
+        control_delay_s, arrival_delay_s: what /get_server_info takes, and a /generate until an abort can find it.
         dead: what killed the server, or None.
     """
 
@@ -78,6 +78,7 @@ class FakeSGLang:
         self.healthy = True
         self.health_delay_s = 0.0
         self.control_delay_s = 0.0
+        self.arrival_delay_s = 0.0
         self.num_health_checks = 0
         self.received: list[tuple[str, tuple[int, ...]]] = []
         self.answered: list[str] = []
@@ -147,6 +148,7 @@ class FakeSGLang:
         refusal = await self._refusal(request, rid, ids, params)
         if refusal is not None:
             return refusal
+        await asyncio.sleep(self.arrival_delay_s)
         fault = self.faults.pop(0) if self.faults else None
         if fault == "error_500":
             return self._closing(web.Response(status=500, text="Internal Server Error"))

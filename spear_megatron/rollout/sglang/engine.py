@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,6 +25,8 @@ from spear_megatron.rollout.validate import check_request
 
 _FIRST_DELAY_S = 0.2
 _LONGEST_DELAY_S = 5.0
+_ABORT_TRIES = 4
+_ABORT_PATIENCE_S = 0.5
 
 
 @dataclass(slots=True)
@@ -33,6 +36,7 @@ class _Active:
     client: ServerClient | None = None
     rid: str = ""
     aborted: bool = False
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class SGLangEngine:
@@ -119,14 +123,24 @@ class SGLangEngine:
             return await self._complete(request, active)
         finally:
             del self._active[request.request_id]
+            active.over.set()
 
     async def abort(self, request_id: str) -> None:
-        """End a request, which then returns what it has with ``finish_reason`` abort; an unknown one is ignored."""
+        """End a request, which then returns what it has with ``finish_reason`` abort; an unknown one is ignored.
+
+        Returns when it ended, or soon after the server was told: a paused server ends it later.
+        """
         active = self._active.get(request_id)
-        if active is not None:
-            active.aborted = True
+        if active is None:
+            return
+        active.aborted = True
+        for _ in range(_ABORT_TRIES):  # one that overtakes its request on the way is lost
             if active.client is not None:
                 await active.client.abort(active.rid)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ABORT_PATIENCE_S):
+                    await active.over.wait()
+                return
 
     async def abort_all(self) -> None:
         """End every request of this engine; those of others at the same servers go on."""
