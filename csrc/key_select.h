@@ -66,9 +66,9 @@ SPEAR_HOST_DEVICE inline WordSearch narrowed(WordSearch search, const uint32_t* 
     return search;
 }
 
-// `last` of the finished search among `count` words on the host; `histogram` is scratch of kDigits.
-inline uint64_t kth_smallest(const uint64_t* words, int64_t count, uint32_t k, uint32_t* histogram) {
-    WordSearch search = word_search(k);
+// Takes a search to its end among `count` words on the host, of which some may be out already; `histogram` is scratch of
+// kDigits.
+inline WordSearch finished(WordSearch search, const uint64_t* words, int64_t count, uint32_t* histogram) {
     while (!search.done) {
         for (int i = 0; i < kDigits; ++i) histogram[i] = 0;
         for (int64_t i = 0; i < count; ++i) {
@@ -76,7 +76,7 @@ inline uint64_t kth_smallest(const uint64_t* words, int64_t count, uint32_t k, u
         }
         search = narrowed(search, histogram);
     }
-    return search.last;
+    return search;
 }
 
 }  // namespace spear

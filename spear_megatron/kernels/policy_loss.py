@@ -87,11 +87,12 @@ def _check(tokens: PolicyTokens, mode: str, implementation: str) -> None:
     first = tokens.log_probs
     if first.dim() != 1 or not first.is_floating_point():
         raise ValueError(f"log_probs must be floating [T], not {first.dtype} {list(first.shape)}")
-    for name, value in tokens._asdict().items():
-        dtype = torch.bool if name in ("selected", "mask") else first.dtype
-        if value is not None and (value.shape != first.shape or value.dtype != dtype or value.device != first.device):
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for name, value in zip(tokens._fields, tokens, strict=True):
+        wanted = torch.bool if name in ("selected", "mask") else dtype
+        if value is not None and (value.shape != shape or value.dtype != wanted or value.device != device):
             raise ValueError(
-                f"{name} must be {dtype} [{len(first)}] on {first.device} as log_probs are, "
+                f"{name} must be {wanted} [{len(first)}] on {device} as log_probs are, "
                 f"not {value.dtype} {list(value.shape)} on {value.device}"
             )
     check_mode(mode, tokens.selected)
@@ -127,6 +128,8 @@ class _CompiledPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
+        if grad_loss.device.type == "cpu" and grad_loss.item() == 1:  # the loss itself was differentiated
+            return gradient, None, None
         return gradient * grad_loss, None, None
 
 
