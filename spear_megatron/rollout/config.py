@@ -63,7 +63,7 @@ class RolloutConfig:
         n: trajectories per prompt.
         temperature: sampling temperature of training; the trainer's log-probs use it too.
         top_p, top_k: only off (1.0 and -1) in training, where the policy gradient is that of the whole distribution.
-        max_num_seqs: requests that one engine computes together.
+        max_num_seqs: requests that one embedded engine computes together, or that all leaders keep at one server.
         rollout_filter_ratio: share of a step's task groups that is trained on, chosen by the spread of their rewards.
         rollout_filter_type: std keeps the groups of largest standard deviation, std_rev those of smallest.
         max_model_len: tokens of prompt and response together; None takes data.max_prompt_length + max_response_length.
