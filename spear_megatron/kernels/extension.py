@@ -64,6 +64,6 @@ def available() -> dict[str, Any]:
         "isa": None if module is None else module.isa(),
         "cuda_reason": cuda_reason,
         "token_logprobs": {"cpu": on_cpu, "cuda": "eager" if cuda_reason else "compiled"},
-        "policy_loss": {"cpu": on_cpu, "cuda": "eager"},
+        "policy_loss": {"cpu": on_cpu, "cuda": "eager" if cuda_reason else "compiled"},
         "cov_select": {"cpu": on_cpu, "cuda": on_cpu},
     }

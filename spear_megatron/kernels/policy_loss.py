@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spear_megatron.kernels.extension import missing_reason, warn_slow_path
+from spear_megatron.kernels import cuda_library, extension, policy_loss_compiled, policy_loss_cuda
 from spear_megatron.kernels.backends import IMPLEMENTATIONS
-from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens, loss_and_gradient
+from spear_megatron.kernels.extension import warn_slow_path
+from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens
 from spear_megatron.kernels.policy_surrogates import check_mode, token_surrogate
 from spear_megatron.parallel.errors import RunError
+
+
+_COMPILED: dict[str, ModuleType] = {"cpu": policy_loss_compiled, "cuda": policy_loss_cuda}
 
 
 class PolicySums(NamedTuple):
@@ -52,7 +57,7 @@ def policy_loss(
 
     The surrogates are those of :func:`spear_megatron.kernels.policy_surrogates.token_surrogate`. A log-prob that is
     NaN or infinite makes the loss NaN, whatever its clip. The compiled kernel's result does not depend on the number
-    of threads.
+    of threads, and on CUDA it neither waits for the device nor changes from one call to the next.
 
     Args:
         log_probs: floating [T], of the current policy; the compiled kernel takes fp32.
@@ -64,8 +69,8 @@ def policy_loss(
         clip_ratio_low, clip_ratio_high: the ratio is clipped to [1 - low, 1 + high].
         clip_ratio_c: dual-clip bound.
         kl_cov_coef: price of moving of the selected tokens of kl_cov.
-        implementation: as in ``token_logprobs``: "auto" takes the compiled kernel on the CPU, and where it does not
-            fit there warns once and takes plain torch; "compiled" raises instead; "eager" is plain torch.
+        implementation: as in ``token_logprobs``: "auto" takes the compiled kernel on the CPU and on CUDA, and where
+            it does not fit there warns once and takes plain torch; "compiled" raises instead; "eager" is plain torch.
 
     Returns:
         The loss, a scalar of the dtype of the log-probs, and the sums.
@@ -77,9 +82,11 @@ def policy_loss(
     tokens = PolicyTokens(log_probs, old_log_probs, advantages, token_weight, selected, mask)
     settings = PolicySettings(mode, clip_ratio_low, clip_ratio_high, clip_ratio_c, kl_cov_coef)
     _check(tokens, mode, implementation)
-    if not _use_compiled(log_probs, implementation):
+    module = _compiled_for(log_probs.dtype, log_probs.device.type, implementation)
+    if module is None:
         return _eager(tokens, settings)
-    loss, sums = _CompiledPolicyLoss.apply(log_probs, tokens._replace(log_probs=log_probs.detach()), settings)
+    detached = tokens._replace(log_probs=log_probs.detach())
+    loss, sums = _CompiledPolicyLoss.apply(log_probs, detached, settings, module)
     return loss, PolicySums(*sums.unbind())
 
 
@@ -99,35 +106,40 @@ def _check(tokens: PolicyTokens, mode: str, implementation: str) -> None:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def _use_compiled(log_probs: Tensor, implementation: str) -> bool:
-    on_cpu = log_probs.device.type == "cpu"
-    if implementation == "eager" or (implementation == "auto" and not on_cpu):
-        return False
-    unfit = missing_reason()
-    if not on_cpu or log_probs.dtype != torch.float32:
-        unfit = f"no compiled policy_loss for {log_probs.dtype} on {log_probs.device.type}"
-    if unfit and implementation == "compiled":
+def _compiled_for(dtype: torch.dtype, device_type: str, implementation: str) -> ModuleType | None:
+    """The module of the kernel for tensors of that dtype and place; None: plain torch."""
+    module = _COMPILED.get(device_type)
+    if implementation == "eager" or (implementation == "auto" and module is None):
+        return None
+    if module is None or dtype != torch.float32:
+        unfit = f"no compiled policy_loss for {dtype} on {device_type}"
+    else:
+        unfit = (cuda_library if module is policy_loss_cuda else extension).missing_reason()
+        if not unfit:
+            return module
+    if implementation == "compiled":
         raise RunError(unfit)
-    if unfit:
-        warn_slow_path(unfit)
-    return not unfit
+    warn_slow_path(unfit)
+    return None
 
 
 class _CompiledPolicyLoss(torch.autograd.Function):
     """The forward pass stores the gradient; the backward pass multiplies it by that of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, Tensor]:
-        sums, gradient = loss_and_gradient(tokens, settings)
+    def forward(
+        ctx: Any, log_probs: Tensor, tokens: PolicyTokens, settings: PolicySettings, module: ModuleType
+    ) -> tuple[Tensor, Tensor]:
+        sums, gradient = module.loss_and_gradient(tokens, settings)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums)
         return sums[0].to(log_probs.dtype), sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss, None, None
+        return gradient * grad_loss, None, None, None
 
 
 def _eager(tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, PolicySums]:

@@ -2,55 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import shutil
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from emulated_cuda import emulated_library, emulation  # noqa: F401
 from logprob_reference import DTYPES, check, random_case, reference
 
-from spear_megatron.kernels import backends, cuda_library, logprobs_cuda, token_logprobs
+from spear_megatron.kernels import logprobs_cuda, token_logprobs
 from spear_megatron.kernels.softmax_stats import VocabShard, merge_stats
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH"),
 ]
-TESTS = Path(__file__).resolve().parents[1]
-CSRC = TESTS.parent / "csrc"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("emulated")
-    text = (CSRC / "cuda" / "token_logprobs.cu").read_text()
-    launch = re.compile(r"(\w+(?:<\w+>)?)<<<(.*?), 0, stream>>>\((.*?)\);", re.DOTALL)
-    text, launches = launch.subn(r"emulation::launch(\2, [&] { \1(\3); });", text)
-    assert launches == 2
-    (folder / "kernels.cpp").write_text(text)
-    includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", CSRC / "cuda", CSRC)]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread"]
-    command = ["g++", *flags, *includes, "kernels.cpp", "-o", "emulated.so"]
-    subprocess.run(command, cwd=folder, check=True, timeout=300)
-    return folder / "emulated.so"
-
-
-@pytest.fixture(autouse=True)
-def emulation(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The compiled implementation of CPU tensors is the emulated CUDA one."""
-    monkeypatch.setattr(cuda_library, "LIBRARY", emulated_library)
-    monkeypatch.setitem(backends._COMPILED, "cpu", logprobs_cuda)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
-    cuda_library._load.cache_clear()
-    yield
-    monkeypatch.undo()
-    cuda_library._load.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
