@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _LOG_RATIO_LIMIT = 20.0
 _NEAR = 1e-5
 _SUM_LANES = 16
+_SUM_BLOCK = 4096
 _WORD = (1 << 64) - 1
 
 
@@ -135,7 +136,8 @@ def row_sums(
 ) -> NDArray[np.float64]:
     """Sums in double of rows that lie back to back, each in an order given by its length alone: any layout agrees.
 
-    Value i of a row goes to sum i mod 16 of its 16, in order; these are then folded in halves.
+    In every block of 4096 values of a row, value i goes to sum i mod 16 of 16, in order; these are then folded in
+    halves, and the blocks are added in order.
 
     Args:
         values: float32 [sum of lengths], contiguous.
@@ -154,16 +156,21 @@ def row_sums(
         return sums
     start = 0
     for row, length in enumerate(lengths):
-        padded = np.zeros(length + -length % _SUM_LANES, dtype=np.float64)
-        padded[:length] = values[start : start + length]
-        with np.errstate(invalid="ignore"):
-            # Along the first axis numpy adds one group of 16 after the other.
-            lanes = np.add.reduce(padded.reshape(-1, _SUM_LANES), axis=0, initial=0.0)
-            while len(lanes) > 1:
-                lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
-        sums[row] = lanes[0]
+        for first in range(start, start + length, _SUM_BLOCK):
+            sums[row] += _lane_sum(values[first : min(first + _SUM_BLOCK, start + length)])
         start += length
     return sums
+
+
+def _lane_sum(values: NDArray[np.float32]) -> float:
+    padded = np.zeros(len(values) + -len(values) % _SUM_LANES, dtype=np.float64)
+    padded[: len(values)] = values
+    with np.errstate(invalid="ignore"):
+        # Along the first axis numpy adds one group of 16 after the other.
+        lanes = np.add.reduce(padded.reshape(-1, _SUM_LANES), axis=0, initial=0.0)
+        while len(lanes) > 1:
+            lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    return float(lanes[0])
 
 
 def token_keys(base: int, count: int, implementation: str = "auto") -> torch.Tensor:

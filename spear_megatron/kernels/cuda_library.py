@@ -20,6 +20,11 @@ SIGNATURES: dict[str, tuple[tuple[type, ...], type]] = {
     "spear_token_logprobs_backward": ((*_LOGITS, _pointer, _pointer, _long, _long), _int),
     "spear_policy_loss": ((_int, *[_pointer] * 7, _long, _int, *[_double] * 4, *[_pointer] * 3), _int),
     "spear_policy_loss_scratch": ((_long,), _long),
+    "spear_cov_pack": ((_int, *[_pointer] * 6, _long, *[_pointer] * 5), _int),
+    "spear_cov_means_scratch": ((_long, _long), _long),
+    "spear_cov_means": ((_int, *[_pointer] * 4, *[_long] * 3, _double, _double, _pointer, _pointer), _int),
+    "spear_cov_select_scratch": ((_long,), _long),
+    "spear_cov_select": ((_int, *[_pointer] * 6, _long, _long, _pointer, *[_double] * 3, _int, *[_pointer] * 3), _int),
     "spear_cuda_error_string": ((_int,), ctypes.c_char_p),
 }
 

@@ -29,7 +29,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return "error of the emulat
 struct EmulatedIndex {
     int x;
 };
-inline thread_local EmulatedIndex threadIdx, blockIdx, blockDim;
+inline thread_local EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 constexpr int kWarp = 32, kMaxWarps = 32;
@@ -52,6 +52,7 @@ void launch(unsigned grid, int threads, Kernel kernel) {
                 threadIdx.x = thread;
                 blockIdx.x = static_cast<int>(block);
                 blockDim.x = threads;
+                gridDim.x = static_cast<int>(grid);
                 kernel();
                 block_barrier->arrive_and_drop();
             });

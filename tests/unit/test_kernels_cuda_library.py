@@ -16,7 +16,7 @@ from spear_megatron.kernels.softmax_stats import VocabShard
 from spear_megatron.parallel.errors import RunError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HEADER = REPOSITORY / "csrc" / "cuda" / "token_logprobs.h"
+HEADERS = sorted((REPOSITORY / "csrc" / "cuda").glob("*.h"))
 C_TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
 CUDA = torch.device("cuda")
 
@@ -40,8 +40,8 @@ def library() -> None:
 
 
 def declared_functions() -> dict[str, tuple[tuple[type, ...], type]]:
-    """Name -> parameter types and result of every function in the header, as ctypes."""
-    text = re.sub(r"//[^\n]*", "", HEADER.read_text())
+    """Name -> parameter types and result of every function in the headers, as ctypes."""
+    text = re.sub(r"//[^\n]*", "", "".join(header.read_text() for header in HEADERS))
     found = {}
     for result, name, parameters in re.findall(r"SPEAR_EXPORT ([\w ]+[ *]+)(\w+)\(([^)]*)\)", text):
         types = [ctypes.c_void_p if "*" in item else C_TYPES[item.split()[0]] for item in parameters.split(",")]
@@ -49,7 +49,7 @@ def declared_functions() -> dict[str, tuple[tuple[type, ...], type]]:
     return found
 
 
-def test_signatures_are_those_of_the_header() -> None:
+def test_signatures_are_those_of_the_headers() -> None:
     assert declared_functions() == cuda_library.SIGNATURES
 
 
