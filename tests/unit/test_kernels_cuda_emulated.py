@@ -9,7 +9,7 @@ import torch
 from emulated_cuda import emulated_library, emulation  # noqa: F401
 from logprob_reference import DTYPES, check, random_case, reference
 
-from spear_megatron.kernels import logprobs_cuda, token_logprobs
+from spear_megatron.kernels import logprobs_compiled, logprobs_cuda, token_logprobs
 from spear_megatron.kernels.softmax_stats import VocabShard, merge_stats
 
 pytestmark = [
@@ -64,3 +64,17 @@ def test_shards_merge_and_repeat_the_same_bits() -> None:
     _, expected_lp, expected_h = reference(logits, targets, 0.7, 3000)
     torch.testing.assert_close(result.log_probs, expected_lp, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(result.entropy, expected_h, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_rows_are_merged_and_joined_as_on_the_cpu(with_entropy: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    parts = torch.rand(3, 400, 4, generator=generator) + 1
+    parts[1, 5, 0] = torch.nan
+    parts[:, 7, 3] = -torch.inf
+    found, expected = (module.merge_rows(parts, 0.7, with_entropy) for module in (logprobs_cuda, logprobs_compiled))
+    torch.testing.assert_close(found, expected, rtol=1.2e-7, atol=0, equal_nan=True)
+    grads = (torch.tensor(2.0).expand(400), torch.arange(800.0)[::2] if with_entropy else None)
+    joined = logprobs_cuda.row_gradients(found[2], *grads)
+    assert torch.equal(joined[:, 3:].nan_to_num(), logprobs_compiled.row_gradients(found[2], *grads)[:, 3:].nan_to_num())
+    assert torch.equal(joined[:, :3].nan_to_num(), found[2].nan_to_num())
