@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spear_megatron.kernels import backends, cuda_library, logprobs_cuda, policy_loss, policy_loss_cuda
+from spear_megatron.kernels import backends, cuda_library, logprobs_cuda, policy_loss_cuda, policy_loss_ops
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
@@ -49,7 +49,7 @@ def emulation(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """The compiled implementation of CPU tensors is the emulated CUDA one."""
     monkeypatch.setattr(cuda_library, "LIBRARY", emulated_library)
     monkeypatch.setitem(backends._COMPILED, "cpu", logprobs_cuda)
-    monkeypatch.setitem(policy_loss._COMPILED, "cpu", policy_loss_cuda)
+    monkeypatch.setitem(policy_loss_ops._COMPILED, "cpu", policy_loss_cuda)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
     cuda_library._load.cache_clear()

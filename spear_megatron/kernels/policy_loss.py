@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spear_megatron.kernels import cuda_library, extension, policy_loss_compiled, policy_loss_cuda
 from spear_megatron.kernels.backends import IMPLEMENTATIONS
-from spear_megatron.kernels.extension import warn_slow_path
 from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens
+from spear_megatron.kernels.policy_loss_ops import compiled_for, has_kernel, policy_loss_op
 from spear_megatron.kernels.policy_surrogates import check_mode, token_surrogate
-from spear_megatron.parallel.errors import RunError
-
-
-_COMPILED: dict[str, ModuleType] = {"cpu": policy_loss_compiled, "cuda": policy_loss_cuda}
 
 
 class PolicySums(NamedTuple):
@@ -58,6 +53,7 @@ def policy_loss(
     The surrogates are those of :func:`spear_megatron.kernels.policy_surrogates.token_surrogate`. A log-prob that is
     NaN or infinite makes the loss NaN, whatever its clip. The compiled kernel's result does not depend on the number
     of threads, and on CUDA it neither waits for the device nor changes from one call to the next.
+    Under torch.compile it is one operator of the graph (`spear::policy_loss`).
 
     Args:
         log_probs: floating [T], of the current policy; the compiled kernel takes fp32.
@@ -82,7 +78,12 @@ def policy_loss(
     tokens = PolicyTokens(log_probs, old_log_probs, advantages, token_weight, selected, mask)
     settings = PolicySettings(mode, clip_ratio_low, clip_ratio_high, clip_ratio_c, kl_cov_coef)
     _check(tokens, mode, implementation)
-    module = _compiled_for(log_probs.dtype, log_probs.device.type, implementation)
+    if torch.compiler.is_compiling():
+        if not has_kernel(log_probs.dtype, log_probs.device.type, implementation):
+            return _eager(tokens, settings)
+        loss, sums, _ = policy_loss_op(*tokens, *settings)
+        return loss, PolicySums(*sums.unbind())
+    module = compiled_for(log_probs.dtype, log_probs.device.type, implementation)
     if module is None:
         return _eager(tokens, settings)
     detached = tokens._replace(log_probs=log_probs.detach())
@@ -104,23 +105,6 @@ def _check(tokens: PolicyTokens, mode: str, implementation: str) -> None:
     check_mode(mode, tokens.selected)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
-
-
-def _compiled_for(dtype: torch.dtype, device_type: str, implementation: str) -> ModuleType | None:
-    """The module of the kernel for tensors of that dtype and place; None: plain torch."""
-    module = _COMPILED.get(device_type)
-    if implementation == "eager" or (implementation == "auto" and module is None):
-        return None
-    if module is None or dtype != torch.float32:
-        unfit = f"no compiled policy_loss for {dtype} on {device_type}"
-    else:
-        unfit = (cuda_library if module is policy_loss_cuda else extension).missing_reason()
-        if not unfit:
-            return module
-    if implementation == "compiled":
-        raise RunError(unfit)
-    warn_slow_path(unfit)
-    return None
 
 
 class _CompiledPolicyLoss(torch.autograd.Function):
