@@ -63,15 +63,16 @@ def _columns(rows: Sequence[TokenSet]) -> CovColumns:
     for row, length in zip(rows, lengths, strict=True):
         if not length == len(row.old_log_probs) == len(row.advantages) == len(row.keys):
             raise ValueError("A row's log_probs, old_log_probs, advantages and keys must have one length.")
-    names = ("log_probs", "old_log_probs", "advantages")
-    floats = [torch.cat([getattr(row, name).detach() for row in rows]).float() for name in names]
+    log_probs = torch.cat([row.log_probs.detach() for row in rows]).float()
+    old_log_probs = torch.cat([row.old_log_probs.detach() for row in rows]).float()
+    advantages = torch.cat([row.advantages.detach() for row in rows]).float()
     keys = torch.cat([row.keys for row in rows])
     starts = None
     if len(rows) > 1:
         # From pinned memory, so that the copy does not wait.
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, pin_memory=keys.is_cuda)
         starts = ends.to(keys.device, non_blocking=True)
-    return CovColumns(*floats, keys, starts, len(rows), max(lengths), None)
+    return CovColumns(log_probs, old_log_probs, advantages, keys, starts, len(rows), max(lengths), None)
 
 
 def _quantiles(columns: CovColumns, numbers: Tensor, quantiles: tuple[float, float]) -> Tensor:

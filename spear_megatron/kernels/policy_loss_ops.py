@@ -40,7 +40,7 @@ def compiled_for(dtype: torch.dtype, device_type: str, implementation: str) -> M
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def has_kernel(dtype: torch.dtype, device_type: str, implementation: str) -> bool:
     """Whether :func:`compiled_for` finds one; torch.compile asks once while it traces."""
     return compiled_for(dtype, device_type, implementation) is not None
