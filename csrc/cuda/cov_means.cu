@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (threadIdx.x >= 2 * kSumLanes) return;
     const int column = threadIdx.x / kSumLanes, lane = threadIdx.x % kSumLanes;
     double sum = 0;
+#pragma unroll 16
     for (int i = lane; i < kSumBlock; i += kSumLanes) sum += values[column][i];
     for (int half = kSumLanes / 2; half > 0; half /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, half);
     if (lane == 0) sums[2 * int64_t{blockIdx.x} + column] = sum;
@@ -98,6 +99,7 @@ __global__ void __launch_bounds__(kBlockThreads)
         const int64_t length = rows.start(row + 1) - rows.start(row);
         double* own = sums + row * stride + column;
         double sum = 0;
+#pragma unroll 16  // the loads need not wait for the sums
         for (int64_t block = 0; block * kSumBlock < length; ++block) sum += own[2 * block];
         own[0] = sum;
     }

@@ -118,7 +118,7 @@ __device__ void add_histogram(const uint32_t* own, uint32_t* target) {
     }
 }
 
-// Lists the candidates, in any order, and counts the first digits of their words.
+// Lists the candidates, in any order, and counts the first digits of their words. Nothing is chosen yet.
 __global__ void __launch_bounds__(kBlockThreads) find_candidates(const CovTask task, const CovLists lists) {
     __shared__ uint32_t histogram[kDigits];
     __shared__ uint32_t base;
@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kBlockThreads) find_candidates(const CovTask t
     uint32_t candidates = 0, count = 0, near = 0;
     for (int i = 0; i < kPerThread; ++i) {
         const int64_t token = first + i * kBlockThreads;
-        if (token >= tokens) break;
+        if (token < task.rows.capacity) task.chosen[token] = 0;
+        if (token >= tokens) continue;
         const double covariance = task.covariance(token);
         near += (covariance >= lb - kNearWidth && covariance <= lb + kNearWidth) ||
                 (covariance >= ub - kNearWidth && covariance <= ub + kNearWidth);
@@ -276,6 +277,5 @@ int spear_cov_select(int device, void* stream, const void* log_probs, const void
     const CovLists lists = lists_in(scratch, tokens);
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     if (const cudaError_t error = cudaMemsetAsync(lists.state, 0, sizeof(CovState), queue)) return error;
-    if (const cudaError_t error = cudaMemsetAsync(chosen, 0, static_cast<size_t>(tokens), queue)) return error;
     return launch(task, lists, tokens, queue);
 }

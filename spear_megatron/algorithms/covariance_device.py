@@ -63,16 +63,20 @@ def _columns(rows: Sequence[TokenSet]) -> CovColumns:
     for row, length in zip(rows, lengths, strict=True):
         if not length == len(row.old_log_probs) == len(row.advantages) == len(row.keys):
             raise ValueError("A row's log_probs, old_log_probs, advantages and keys must have one length.")
-    log_probs = torch.cat([row.log_probs.detach() for row in rows]).float()
-    old_log_probs = torch.cat([row.old_log_probs.detach() for row in rows]).float()
-    advantages = torch.cat([row.advantages.detach() for row in rows]).float()
-    keys = torch.cat([row.keys for row in rows])
+    log_probs = _joined([row.log_probs for row in rows]).float()
+    old_log_probs = _joined([row.old_log_probs for row in rows]).float()
+    advantages = _joined([row.advantages for row in rows]).float()
+    keys = _joined([row.keys for row in rows])
     starts = None
     if len(rows) > 1:
         # From pinned memory, so that the copy does not wait.
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, pin_memory=keys.is_cuda)
         starts = ends.to(keys.device, non_blocking=True)
     return CovColumns(log_probs, old_log_probs, advantages, keys, starts, len(rows), max(lengths), None)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return (parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)).detach()
 
 
 def _quantiles(columns: CovColumns, numbers: Tensor, quantiles: tuple[float, float]) -> Tensor:

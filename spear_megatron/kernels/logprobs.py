@@ -49,8 +49,8 @@ def token_logprobs(
             get a gradient of exactly 0. None: all columns are real.
         with_entropy: False skips the entropy and returns None in its place.
         group: tensor-parallel process group; None or one of size 1 means that every column is here. The forward pass
-            makes one all-gather of [T, 4] fp32 ([T, 3] without the entropy), the backward pass none: every rank must receive the same gradient
-            of the results, as when all of them compute the same loss.
+            makes one all-gather of [T, 4] fp32 ([T, 3] without the entropy), the backward pass none: every rank must
+            receive the same gradient of the results, as when all of them compute the same loss.
         implementation: "auto" takes the compiled kernel on the CPU and on CUDA and the eager one on other devices;
             where there is a compiled one that cannot be used (not built, other dtype) it warns once and takes the
             eager one. "compiled" raises instead, "eager" never uses the compiled kernels. `available` tells what

@@ -66,14 +66,14 @@ def test_sums_and_gradient_are_those_of_the_cpu(mode: str, masked: bool, count: 
     sums, gradient = policy_loss_cuda.loss_and_gradient(on(device, tokens), settings)
     expected_sums, expected_gradient = policy_loss_compiled.loss_and_gradient(tokens, settings)
     # A ratio's last bit can put a token on the other side of a bound.
-    assert (sums[1:3].cpu() - expected_sums[1:3]).abs().max() <= 1e-6 * count
+    assert (sums[1:3].cpu() - expected_sums[1:3]).abs().max() <= 3e-6 * count
     torch.testing.assert_close(sums[3].cpu(), expected_sums[3], rtol=1e-12, atol=1e-12 * count)
     exact = {"rtol": 1e-12, "atol": 1e-13} if mode == "gpg" else {"rtol": 1e-6, "atol": 1e-7}
     torch.testing.assert_close(sums[0].cpu(), expected_sums[0], **exact)
     torch.testing.assert_close(sums[4:].cpu(), expected_sums[4:], rtol=1e-6, atol=0)
     difference = (gradient.cpu() - expected_gradient).abs()
     allowed = 2e-6 * expected_gradient.abs() + 2e-7 / max(count, 1)
-    assert int((difference > allowed).sum()) <= 1e-6 * count
+    assert int((difference > allowed).sum()) <= 3e-6 * count
 
 
 @pytest.mark.parametrize("mode", SURROGATE_MODES)
