@@ -12,7 +12,10 @@ from emulated_cuda import emulated_library, emulation  # noqa: F401
 
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, TokenSet, select_tokens
 from spear_megatron.algorithms.covariance_device import select_on_device
+from spear_megatron.kernels import cov_select_cuda
 from spear_megatron.kernels.cov_select import token_keys
+from spear_megatron.trainer.losses import PolicyLoss, SurrogateRule
+from spear_megatron.types import MicroBatch
 
 pytestmark = [
     pytest.mark.slow,
@@ -138,3 +141,26 @@ def test_repeats_and_refusals() -> None:
         select_on_device(rows * 2, KL, torch.ones(2500, dtype=torch.bool))
     with pytest.raises(ValueError, match="one length"):
         select_on_device([replace(rows[0], keys=rows[0].keys[:3])], KL)
+
+
+@pytest.mark.parametrize("mode", ["clip_cov", "kl_cov"])
+def test_the_loss_of_a_micro_batch_draws_on_the_device(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = make_rows([700], seed=4)
+    generator = torch.Generator().manual_seed(5)
+    uniform = torch.rand(3, 700, generator=generator)
+    batch = MicroBatch(
+        *(torch.zeros(0, dtype=torch.int64),) * 4, loss_mask=uniform[0] < 0.7, token_weight=uniform[1] / 700,
+        advantages=row.advantages, old_log_probs=row.old_log_probs, rollout_log_probs=row.old_log_probs,
+        ref_log_probs=row.old_log_probs, surrogate_weight=uniform[1], replayed=uniform[2] < 0.3,
+        selected=torch.zeros(700, dtype=torch.bool), token_keys=row.keys, rows=(),
+    )  # fmt: skip
+    rule = SurrogateRule(
+        mode=mode, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0, kl_cov_coef=1.0,
+        draw={"clip_cov": CLIP, "kl_cov": KL}[mode],
+    )  # fmt: skip
+    results = []
+    for device_types in (set(), {"cpu"}):
+        monkeypatch.setattr(cov_select_cuda, "DEVICE_TYPES", device_types)
+        loss, figures = PolicyLoss(rule=rule, replay_rule=rule)(row.log_probs, uniform[1], batch)
+        results.append({name: float(value) for name, value in (figures.sums | {"loss": loss}).items()})
+    assert results[0] == results[1] and results[0]["cov_selected"] > 5 and results[0]["cov_replay_selected"] > 0
