@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "cov_math.h"
 #include "dtype.h"
 #include "isa.h"
 #include "key_select.h"
@@ -24,7 +25,6 @@ namespace spear {
 namespace {
 
 constexpr int64_t kBlockTokens = 2048;
-constexpr int64_t kSumLanes = 16;
 
 struct CovInputs {
     const float* log_probs;

@@ -36,6 +36,10 @@ def _evaluate(
         leaf, targets, temperature=0.9, valid_vocab=valid, group=group, implementation=implementation
     )
     (weights[0] * log_probs + weights[1] * entropy).sum().backward()
+    settings = {"temperature": 0.9, "valid_vocab": valid, "group": group, "implementation": implementation}
+    alone, nothing = token_logprobs(leaf.detach(), targets, with_entropy=False, **settings)  # three numbers travel
+    assert nothing is None
+    torch.testing.assert_close(alone, log_probs.detach(), rtol=1e-6, atol=1e-6)
     return log_probs.detach(), entropy.detach(), leaf.grad
 
 
