@@ -208,6 +208,7 @@ def test_an_unknown_parameter_closes_the_connection_and_the_next_request_gets_a_
                 patch.setattr(protocol, "_NEUTRAL", {"mystery": 1})
                 with pytest.raises(RequestLost, match="HTTP 500"):
                     await send(client, ask())
+            server.seconds_per_token = 0.02  # it is still under way when the old connection closes
             assert len((await send(client, ask(), "R2")).output_ids) == 4
 
     run(body)
