@@ -216,6 +216,27 @@ def test_requests_of_a_dead_server_go_to_another_which_shares_them_once_it_is_ba
     run(body)
 
 
+def test_a_restarted_server_serves_again_once_it_has_the_current_weights() -> None:
+    async def body() -> None:
+        async with FakeSGLang(weight_version="4") as one, FakeSGLang(weight_version="4") as two:
+            async with engine_of(one, two) as engine:
+                engine.note_version(4)
+                await engine.generate(ask())
+                await one.stop()
+                while not engine.stats.take_metrics()["engine/servers_down"]:
+                    await asyncio.sleep(0.01)
+                one.weight_version, before = "default", one.num_health_checks
+                await one.start()
+                while one.num_health_checks < before + 4:
+                    await asyncio.sleep(0.01)
+                assert engine.stats.take_metrics()["engine/servers_down"] == 1
+                one.weight_version = "4"
+                while engine.stats.take_metrics()["engine/servers_down"]:
+                    await asyncio.sleep(0.01)
+
+    run(body)
+
+
 def test_a_server_that_hangs_is_found_by_its_health_and_left() -> None:
     async def body() -> None:
         async with FakeSGLang(faults=["hang"]) as one, FakeSGLang() as two:
