@@ -13,6 +13,8 @@ from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang.control import ControlClient, PauseMode
 
 T = TypeVar("T")
+COLLATERAL = "its group of broadcasts was broken by another server"
+"""Why a server failed that did nothing wrong: it may be tried again at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ class WeightsConfig:
     """Of way distributed: name of a leader's host that servers can reach; null takes its host name."""
     max_gather_mb: int = 1536
     """MiB of gathered weights that a leader holds at a time; buckets are a third of it."""
-    timeout_s: float = 600.0
+    timeout_s: float = 300.0
     """Deadline of one request, of joining a group and of a turn to send, in seconds."""
     pause: Literal["retract", "abort", "in_place"] = "retract"
     """What happens to requests during an update: computed again, ended, or kept with their old cache."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,14 @@ _POLL_S = 0.02
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+class JoinError(EngineError):
+    """A group did not come about; ``reasons`` has what each server that is to blame did, by URL."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__("; ".join(reasons.values()))
+        self.reasons = dict(reasons)
+
+
 class BroadcastGroup:
     """Rank 0 of a group whose other ranks are the tensor ranks of servers; making it waits until all have joined.
 
@@ -33,7 +41,7 @@ class BroadcastGroup:
         backend: gloo, or nccl for servers on GPUs.
 
     Raises:
-        EngineError: not everybody joined in time; names the servers that did not.
+        JoinError: not everybody joined in time; names the servers that did not.
     """
 
     def __init__(
@@ -73,18 +81,26 @@ class BroadcastGroup:
             try:
                 self._await_announced(joins, time.monotonic() + timeout_s)
                 self._group = self._join(size)
-                for join in joins.values():
-                    join.result()
+                self._check(joins)
             except (EngineError, RuntimeError) as error:  # RuntimeError: torch's, of a group that was not complete
                 self._store = None  # closes it
-                raise error if isinstance(error, EngineError) else EngineError(f"group {name}: {error}") from error
+                if isinstance(error, JoinError):
+                    raise
+                reason = f"group {name}: {error}"
+                raise JoinError({target.url: reason for target in targets}) from error
+
+    @staticmethod
+    def _check(joins: dict[str, Future[None]], *, wait: bool = True) -> None:
+        """Raise what servers answered that could not join."""
+        done = {url: join for url, join in joins.items() if wait or join.done()}
+        refused = {url: str(error) for url, join in done.items() if (error := join.exception()) is not None}
+        if refused:
+            raise JoinError(refused)
 
     def _await_announced(self, joins: dict[str, Future[None]], end: float) -> None:
         """Wait until every server rank has written its address to the store (gloo; nccl connects at first use)."""
         while (missing := self._missing_ranks()) and time.monotonic() < end:
-            refused = [str(join.exception()) for join in joins.values() if join.done() and join.exception()]
-            if refused:
-                raise EngineError("; ".join(refused))
+            self._check(joins, wait=False)
             time.sleep(_POLL_S)
         if missing:
             absent, offset = [], 1
@@ -92,10 +108,11 @@ class BroadcastGroup:
                 if missing & set(range(offset, offset + target.tp_size)):
                     absent.append(target.url)
                 offset += target.tp_size
-            raise EngineError(
-                f"{', '.join(absent)} did not join the group {self.name} within {self._timeout.total_seconds():g} s; "
-                "can the servers reach actor_rollout_ref.rollout.sglang.weights.master_address?"
+            reason = (
+                f"did not join the group {self.name} within {self._timeout.total_seconds():g} s; can it reach "
+                "actor_rollout_ref.rollout.sglang.weights.master_address?"
             )
+            raise JoinError({url: f"{url} {reason}" for url in absent})
 
     def _missing_ranks(self) -> set[int]:
         if self._backend != "gloo":
@@ -118,12 +135,18 @@ class BroadcastGroup:
         """Start sending ``flat`` to everybody; returns the work to wait for."""
         return dist.broadcast(flat, group=self._group, group_src=0, async_op=True)
 
-    def close(self, *, tell: bool = True) -> None:
-        """Leave the group and, with ``tell``, let the servers leave it; one that cannot is not asked twice."""
-        if tell:
-            self._servers.each([target.url for target in self.targets], lambda client: client.destroy_group(self.name))
-        dist.destroy_process_group(self._group)
-        self._store = None
+    def close(self) -> None:
+        """Leave the group, and let the servers that have not failed leave it.
+
+        At the same time on both sides: nccl waits for the other, and a server that still waits in a broadcast hears
+        nothing before this side has left. gloo leaves when a broadcast under way is done, or late.
+        """
+        urls = [target.url for target in self.targets]
+        with ThreadPoolExecutor(1, thread_name_prefix="leave") as threads:
+            told = threads.submit(self._servers.each, urls, lambda client: client.destroy_group(self.name))
+            dist.destroy_process_group(self._group)
+            self._store = None
+            told.result()
 
 
 def own_address(urls: Sequence[str]) -> str:

@@ -50,7 +50,7 @@ class DiskWay:
         return self._root / f".{self.folder.name}.partial"
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Memory for a bucket, uint8 [num_bytes]."""
+        """Host memory for a bucket, uint8 [num_bytes]."""
         return host_bytes(num_bytes)
 
     def begin(self, targets: Sequence[Target], version: int) -> None:
@@ -63,6 +63,7 @@ class DiskWay:
         """Write one bucket's file."""
         from safetensors.torch import save_file
 
+        flat = flat.cpu()
         tensors = {entry.name: entry.view(flat, self._plan.dtype) for entry in bucket.entries}
         path = self._partial / self._file(bucket)
         save_file(tensors, path, metadata={"format": "pt"})

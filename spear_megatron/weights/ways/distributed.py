@@ -14,8 +14,8 @@ from spear_megatron.rollout.engine import EngineError
 from spear_megatron.weights.memory import host_bytes
 from spear_megatron.weights.payload import FLATTENED
 from spear_megatron.weights.plan import Bucket
-from spear_megatron.weights.servers import ServerGroup, Target
-from spear_megatron.weights.ways.broadcast_group import BroadcastGroup
+from spear_megatron.weights.servers import COLLATERAL, ServerGroup, Target
+from spear_megatron.weights.ways.broadcast_group import BroadcastGroup, JoinError
 
 _POLL_S = 0.002
 
@@ -88,9 +88,7 @@ class DistributedWay:
         self._broadcasts: BroadcastGroup | None = None
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Memory for a bucket, uint8 [num_bytes], where the group's backend needs it."""
-        if self._device.type == "cuda":
-            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        """Host memory for a bucket, uint8 [num_bytes]."""
         return host_bytes(num_bytes)
 
     def begin(self, targets: Sequence[Target], version: int) -> None:
@@ -121,8 +119,10 @@ class DistributedWay:
                 backend=backend,
                 timeout_s=self._servers.timeout_s,
             )
-        except EngineError as error:
-            self._fail_all(str(error))
+        except JoinError as error:
+            for url, reason in error.reasons.items():
+                self._servers.fail(url, reason)
+            self._fail_all()
 
     def send(self, bucket: Bucket, flat: torch.Tensor) -> None:
         """Broadcast one bucket, when it is its turn."""
@@ -132,6 +132,8 @@ class DistributedWay:
         try:
             self._turns.wait(bucket.index)
             self._broadcast(bucket, flat, None)
+        except EngineError as error:
+            self._fail_all(str(error))
         finally:
             self._turns.passed()
 
@@ -142,7 +144,7 @@ class DistributedWay:
     def _broadcast(self, bucket: Bucket, flat: torch.Tensor, label: str | None) -> None:
         urls = [target.url for target in self._targets]
         if self._broadcasts is None or self._servers.healthy(urls) != urls:
-            self._fail_all("its group of broadcasts was broken by another server")
+            self._fail_all()
             return
         group = self._broadcasts
         tensors = [(e.name, str(self._dtype).removeprefix("torch."), e.shape) for e in bucket.entries]
@@ -174,18 +176,18 @@ class DistributedWay:
                 self._servers.fail(url, str(post.exception()))
         if failed:
             self.abandon()
-            self._fail_all("its group of broadcasts was broken by another server")
+            self._fail_all()
         else:
             work.wait()
 
-    def _fail_all(self, reason: str) -> None:
+    def _fail_all(self, reason: str = COLLATERAL) -> None:
         for target in self._targets:
             self._servers.fail(target.url, reason)
 
     def abandon(self) -> None:
         """Break the group: servers that wait in a broadcast get an error."""
         if self._broadcasts is not None:
-            self._broadcasts.close(tell=False)
+            self._broadcasts.close()
             self._broadcasts = None
 
     def close(self) -> None:

@@ -22,18 +22,16 @@ class TensorWay:
 
     needs_session = True
 
-    def __init__(self, group: ServerGroup, dtype: torch.dtype, transport: Transport, device: torch.device) -> None:
+    def __init__(self, group: ServerGroup, dtype: torch.dtype, transport: Transport) -> None:
         self._group = group
         self._dtype = dtype
         self._transport = transport
-        self._device = device
+        self._staging: torch.Tensor | None = None
         self._targets: dict[str, Target] = {}
         self._version = 0
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Memory for a bucket, uint8 [num_bytes], where the transport needs it."""
-        if self._transport == "cuda_ipc" or (self._transport == "http" and self._device.type == "cuda"):
-            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        """Host memory for a bucket, uint8 [num_bytes], that servers can open if the transport is shared memory."""
         return shared_bytes(num_bytes) if self._transport == "shared_memory" else host_bytes(num_bytes)
 
     def begin(self, targets: Sequence[Target], version: int) -> None:
@@ -56,10 +54,7 @@ class TensorWay:
         """There is nothing to release."""
 
     def _post(self, bucket: Bucket, flat: torch.Tensor, label: str | None) -> None:
-        if self._transport == "http":
-            flat = flat.cpu()
-        elif flat.is_cuda:
-            torch.cuda.synchronize(flat.device)  # another process reads it, outside of our streams
+        flat = self._placed(flat)
         once = flat_payload(bucket, flat, self._dtype, "http") if self._transport == "http" else None
 
         def post(client: ControlClient) -> None:
@@ -69,3 +64,16 @@ class TensorWay:
             client.update_from_tensors(payloads, load_format=FLATTENED, version=label, flush=False)
 
         self._group.each(list(self._targets), post)
+
+    def _placed(self, flat: torch.Tensor) -> torch.Tensor:
+        """The bucket in memory that the transport can hand over."""
+        if not flat.is_cuda:
+            return flat
+        if self._transport == "cuda_ipc":
+            torch.cuda.synchronize(flat.device)  # another process reads it, outside of our streams
+            return flat
+        if self._transport == "http":
+            return flat.cpu()
+        if self._staging is None or self._staging.numel() < flat.numel():
+            self._staging = shared_bytes(flat.numel())
+        return self._staging[: flat.numel()].copy_(flat)

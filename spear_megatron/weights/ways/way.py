@@ -14,14 +14,13 @@ from spear_megatron.weights.servers import Target
 class Way(Protocol):
     """One leader's side of a way. A server's failure is kept in the server group; other errors are raised.
 
-    ``needs_session``: whether servers must open a session of updates. ``allocate`` makes the memory that a bucket is
-    gathered into.
+    ``needs_session``: whether servers must open a session of updates.
     """
 
     needs_session: bool
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Memory for a bucket, uint8 [num_bytes]."""
+        """Host memory that a bucket is gathered into where there is no GPU, uint8 [num_bytes]."""
         ...
 
     def begin(self, targets: Sequence[Target], version: int) -> None:
