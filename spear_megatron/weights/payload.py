@@ -59,14 +59,18 @@ def flat_payload(bucket: Bucket, flat: torch.Tensor, dtype: torch.dtype, transpo
         FlattenedTensorMetadata(e.name, e.shape, dtype, e.start, e.start + e.num_bytes, e.num_bytes)
         for e in bucket.entries
     ]
-    if transport == "http" and flat.untyped_storage().nbytes() != flat.numel():
-        flat = flat.clone()  # a pickled view would bring the rest of its storage along
+    flat = _alone(flat) if transport == "http" else flat
     return _encode({"flattened_tensor": flat, "metadata": metadata}, transport)
 
 
 def named_payload(tensors: Sequence[tuple[str, torch.Tensor]]) -> str:
     """Separate tensors, on the host, for ``load_format=None``; their bytes are part of the payload."""
-    return _encode([(name, tensor.contiguous()) for name, tensor in tensors], "http")
+    return _encode([(name, _alone(tensor.contiguous())) for name, tensor in tensors], "http")
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of its own: a pickled view would bring the rest of its storage along."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _encode(value: Any, transport: Transport) -> str:

@@ -61,12 +61,16 @@ class DiskWay:
 
     def send(self, bucket: Bucket, flat: torch.Tensor) -> None:
         """Write one bucket's file."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         flat = flat.cpu()
         tensors = {entry.name: entry.view(flat, self._plan.dtype) for entry in bucket.entries}
         path = self._partial / self._file(bucket)
-        save_file(tensors, path, metadata={"format": "pt"})
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk, for one
+            raise OSError(f"{path} could not be written: {error}") from error
         sync_path(path)
 
     def send_closing(self, bucket: Bucket, flat: torch.Tensor) -> None:
