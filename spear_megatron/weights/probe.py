@@ -55,8 +55,6 @@ def difference(one: Scores, other: Scores) -> float:
     return max((gap if math.isfinite(gap) else math.inf for gap in gaps), default=0.0)
 
 
-def mismatches(group: ServerGroup, urls: Sequence[str], probe: Probe, expected: Scores) -> dict[str, float]:
-    """Largest difference to ``expected`` of every server beyond the tolerance; servers that do not answer have failed."""
-    scores = group.each(urls, probe.score)
-    found = {url: difference(score, expected) for url, score in scores.items()}
-    return {url: gap for url, gap in found.items() if not gap <= probe.tolerance}
+def probe_gaps(group: ServerGroup, urls: Sequence[str], probe: Probe, expected: Scores) -> dict[str, float]:
+    """Largest difference to ``expected`` by URL, of the servers that answer; the others have failed."""
+    return {url: difference(scores, expected) for url, scores in group.each(urls, probe.score).items()}

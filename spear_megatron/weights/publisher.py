@@ -18,13 +18,13 @@ from spear_megatron.parallel.agreement import agree_ok, gather_objects
 from spear_megatron.parallel.errors import RunError
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rollout.engine import EngineError
-from spear_megatron.rollout.sglang.control import PauseMode
+from spear_megatron.rollout.sglang.control import ControlClient, PauseMode
 from spear_megatron.types import Row
 from spear_megatron.weights.diagnose import wrong_tensors
 from spear_megatron.weights.gather import BucketGatherer
 from spear_megatron.weights.memory import BufferPool, Ledger
 from spear_megatron.weights.plan import Bucket, SyncPlan
-from spear_megatron.weights.probe import Probe, mismatches
+from spear_megatron.weights.probe import Probe, probe_gaps
 from spear_megatron.weights.servers import (
     COLLATERAL,
     ServerGroup,
@@ -55,7 +55,9 @@ class Published:
         stale: why others do not, by URL; nothing may be sampled from them until a later publish makes them fresh.
         resends: full transfers after the first one.
         num_bytes: bytes of the model.
-        peak_bytes: most bytes of gathered weights that were alive on one rank.
+        peak_bytes: most bytes of gathered weights that were alive on one rank, in the run so far.
+        probe_difference: largest difference of a log-prob between the trainer and a fresh server; 0 without probes.
+        folder: where the weights are as a Hugging Face folder that servers can read; None but with way disk.
         notes: what a person should know.
     """
 
@@ -65,7 +67,19 @@ class Published:
     resends: int
     num_bytes: int
     peak_bytes: int
+    probe_difference: float = 0.0
+    folder: str | None = None
     notes: tuple[str, ...] = ()
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the record."""
+        return {
+            "weights/servers": float(len(self.fresh)),
+            "weights/stale_servers": float(len(self.stale)),
+            "weights/resends": float(self.resends),
+            "weights/peak_gathered_mb": self.peak_bytes / 2**20,
+            "weights/probe_difference": self.probe_difference,
+        }
 
 
 @dataclass
@@ -80,6 +94,7 @@ class Publisher:
         pause: what happens to requests during an update.
         resend: whether a failed probe is answered by one full resend before the run stops.
         published: told the outcome on every rank.
+        current: the last outcome.
     """
 
     chunks: Sequence[MegatronModule]
@@ -95,6 +110,7 @@ class Publisher:
     resend: bool = True
     published: Callable[[Published], None] = lambda outcome: None
     ledger: Ledger = field(default_factory=Ledger)
+    current: Published | None = None
 
     def __post_init__(self) -> None:
         device = self.parallel.platform.device
@@ -118,31 +134,56 @@ class Publisher:
         """
         urls = self._of_rank_0(lambda: list(self.urls()))
         self.servers.failures.clear()
-        fresh, resends = self._transfer_twice(urls, version), 0
-        notes: list[str] = []
-        expected = self._expected() if self.probe is not None else []
-        wrong = self._wrong(fresh, expected)
-        if wrong:
+        resends, notes = 0, list[str]()
+        gaps = self._checked(self._transfer_twice(urls, version))
+        if wrong := self._beyond(gaps):
             notes.append(self._diagnosis(wrong, version))
             if self.resend:
                 resends += 1
                 self._transfer(list(wrong), version)
-                wrong = self._wrong(self.servers.healthy(wrong), expected)
-            if wrong:
+                gaps |= self._checked(self.servers.healthy(wrong))
+            if self._beyond(gaps):
                 raise RunError(f"weights of version {version} arrived wrong. {' '.join(notes)}")
-        fresh = self.servers.healthy(urls)
+        fresh, stale = tuple(self.servers.healthy(urls)), dict(self.servers.failures)
         if not fresh:
-            raise RunError(f"no server took weights of version {version}: {failure_text(self.servers.failures)}")
-        return self._report(version, fresh, resends, notes)
-
-    def _report(self, version: int, fresh: list[str], resends: int, notes: list[str]) -> Published:
-        stale = dict(self.servers.failures)
+            raise RunError(f"no server took weights of version {version}: {failure_text(stale)}")
         if stale:
             notes.append(f"without version {version}: {failure_text(stale)}")
-        peak = max(gather_objects(self.parallel, self.ledger.peak))
-        outcome = Published(version, tuple(fresh), stale, resends, self.plan.num_bytes, peak, tuple(notes))
-        self.published(outcome)
-        return outcome
+        self.current = Published(
+            version,
+            fresh,
+            stale,
+            resends,
+            self.plan.num_bytes,
+            peak_bytes=max(gather_objects(self.parallel, self.ledger.peak)),
+            probe_difference=max((gaps[url] for url in fresh if url in gaps), default=0.0),
+            folder=self._of_rank_0(lambda: self.way.published_folder if self.way is not None else None),
+            notes=tuple(notes),
+        )
+        self.published(self.current)
+        return self.current
+
+    def send_current(self, url: str) -> None:
+        """Bring one more server, which answers and is idle, to the published weights. Not collective; any thread.
+
+        Raises:
+            EngineError: it failed, or the weights are nowhere but in the trainer: it gets them with the next publish.
+        """
+        current = self.current
+        if current is None or current.folder is None:
+            raise EngineError(f"{url} gets weights with the next publish: only way=disk keeps them in a folder")
+        group = ServerGroup(timeout_s=self.servers.timeout_s, connect=self.servers.connect)
+        folder, label = current.folder, str(current.version)
+
+        def load(client: ControlClient) -> None:
+            client.update_from_disk(folder, label, flush=False)
+            client.flush_cache(group.timeout_s)
+
+        group.each([url], load)
+        check_versions(group, [url], current.version)
+        group.close()
+        if group.failures:
+            raise EngineError(failure_text(group.failures))
 
     def close(self) -> None:
         """Leave groups and close connections."""
@@ -205,14 +246,18 @@ class Publisher:
         scored = [row.old_log_probs for row in rows if row.old_log_probs is not None]
         return [values[1:].tolist() for values in scored]
 
-    def _wrong(self, urls: Sequence[str], expected: list[list[float]]) -> dict[str, float]:
-        """Largest difference by URL of the servers that score prompts otherwise than the trainer."""
+    def _checked(self, urls: Sequence[str]) -> dict[str, float]:
+        """Largest difference of a log-prob to the trainer's by URL; servers that do not answer have failed."""
         probe = self.probe
         if probe is None:
             return {}
-        wrong = self._of_rank_0(lambda: mismatches(self.servers, urls, probe, expected))
+        expected = self._expected()
+        gaps = self._of_rank_0(lambda: probe_gaps(self.servers, urls, probe, expected))
         self._share_failures()
-        return wrong
+        return gaps
+
+    def _beyond(self, gaps: Mapping[str, float]) -> dict[str, float]:
+        return {url: gap for url, gap in gaps.items() if self.probe is not None and not gap <= self.probe.tolerance}
 
     def _diagnosis(self, wrong: Mapping[str, float], version: int) -> str:
         """Find out on one server which tensors are wrong. Collective over the first model copy."""

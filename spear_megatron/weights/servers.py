@@ -32,7 +32,7 @@ class ServerGroup:
     """
 
     def __init__(self, *, timeout_s: float, connect: Callable[[str], ControlClient] | None = None) -> None:
-        self._connect = connect or (lambda url: ControlClient(url, timeout_s=timeout_s))
+        self.connect = connect or (lambda url: ControlClient(url, timeout_s=timeout_s))
         self._clients: dict[str, ControlClient] = {}
         self.timeout_s = timeout_s
         self.failures: dict[str, str] = {}
@@ -40,7 +40,7 @@ class ServerGroup:
     def client(self, url: str) -> ControlClient:
         """The connection to a server, opened when first used."""
         if url not in self._clients:
-            self._clients[url] = self._connect(url)
+            self._clients[url] = self.connect(url)
         return self._clients[url]
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ import torch
 from harness import run_ranks
 from tiny import make_tiny_hf
 
+from spear_megatron.rollout.engine import EngineError
+
 DAMAGED = "model.layers.2.self_attn.k_proj.weight"
 
 
@@ -99,6 +101,9 @@ def _a_failing_server(folder: str) -> None:
     assert outcome.fresh == ("good", "bad") and not outcome.stale and outcome.notes == ()
     assert setting.holds_the_truth("bad") and bad.label == "5" and not bad.paused
     assert not good.flushed_with_update and not bad.flushed_with_update
+    with pytest.raises(EngineError, match="c gets weights with the next publish"):
+        setting.publisher.send_current("c")
+    assert outcome.metrics()["weights/servers"] == 2.0 and 0 <= outcome.probe_difference < 1e-6
     assert outcome.num_bytes == sum(tensor.nbytes for tensor in setting.true.values())
     setting.publisher.close()
 
@@ -231,6 +236,11 @@ def _to_disk(folder: str, scratch: str, shared: bool) -> Any:
             setting.publisher.publish(version)
     except RunError as error:
         return str(error)
+    if setting.parallel.rank == 0:
+        late = FakeControl("late")
+        setting.servers["late"] = late
+        setting.publisher.send_current("late")
+        assert late.label == "3" and setting.holds_the_truth("late") and not late.flushed_with_update
     return setting.parallel.rank > 0 or setting.holds_the_truth("server")
 
 

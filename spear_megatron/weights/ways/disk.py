@@ -46,6 +46,11 @@ class DiskWay:
         return self._root / f"version_{self._version:08d}"
 
     @property
+    def published_folder(self) -> str | None:
+        """Absolute path of the newest complete version."""
+        return str(self.folder.resolve()) if self.folder.is_dir() else None
+
+    @property
     def _partial(self) -> Path:
         return self._root / f".{self.folder.name}.partial"
 

@@ -61,6 +61,7 @@ class DistributedWay:
     """
 
     needs_session = True
+    published_folder = None
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ class TensorWay:
     """
 
     needs_session = True
+    published_folder = None
 
     def __init__(self, group: ServerGroup, dtype: torch.dtype, transport: Transport) -> None:
         self._group = group

@@ -19,6 +19,11 @@ class Way(Protocol):
 
     needs_session: bool
 
+    @property
+    def published_folder(self) -> str | None:
+        """Where the last update is as a Hugging Face folder that servers can read, if it is anywhere."""
+        ...
+
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Host memory that a bucket is gathered into where there is no GPU, uint8 [num_bytes]."""
         ...
