@@ -134,7 +134,7 @@ class Publisher:
         """
         urls = self._of_rank_0(lambda: list(self.urls()))
         self.servers.failures.clear()
-        resends, notes = 0, list[str]()
+        resends, notes = 0, self._first_notes()
         gaps = self._checked(self._transfer_twice(urls, version))
         if wrong := self._beyond(gaps):
             notes.append(self._diagnosis(wrong, version))
@@ -190,6 +190,15 @@ class Publisher:
         if self.way is not None:
             self.way.close()
         self.servers.close()
+
+    def _first_notes(self) -> list[str]:
+        large = self.plan.oversized
+        if self.current is not None or not large:
+            return []
+        return [
+            f"larger than a bucket of {self.plan.limit_bytes / 2**20:.3g} MiB, sent alone: {', '.join(large)}; a leader "
+            "holds such a tensor and one bucket, or raise actor_rollout_ref.rollout.sglang.weights.max_gather_mb"
+        ]
 
     def _transfer_twice(self, urls: Sequence[str], version: int) -> list[str]:
         """One transfer, and another to the servers that failed in it through no fault of theirs."""

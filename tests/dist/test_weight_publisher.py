@@ -91,7 +91,8 @@ def _a_failing_server(folder: str) -> None:
     setting = Setting(folder, lambda rank: [FakeControl("good", tp_size=2), FakeControl("bad", fails_at=3)])
     outcome = setting.publisher.publish(4)
     assert outcome.fresh == ("good",) and "out of memory" in outcome.stale["bad"] and outcome.resends == 0
-    assert "without version 4: bad: " in outcome.notes[0] and setting.outcomes == [outcome]
+    assert "sent alone: model.embed_tokens.weight; " in outcome.notes[0]
+    assert "without version 4: bad: " in outcome.notes[1] and setting.outcomes == [outcome]
     good, bad = setting.servers["good"], setting.servers["bad"]
     assert good.label == "4" and not good.paused and not good.in_session and setting.holds_the_truth("good")
     assert bad.label == "default" and bad.paused and bad.num_updates == 3, "nothing follows a failure"

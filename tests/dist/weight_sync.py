@@ -104,3 +104,41 @@ def corrupt_on_rank(
         return str(error)
     finally:
         publisher.close()
+
+
+def absentee_on_rank(folder: str, layout: Layout, urls: list[str], scratch: str, keys: dict[str, Any]) -> Any:
+    """Outcome of a publish to servers of which some are not there."""
+    actor, shape, parallel = build_actor(folder, layout)
+    publisher = open_publisher(actor, shape, parallel, folder, urls, scratch, **keys)
+    try:
+        return publisher.publish(1)
+    finally:
+        publisher.close()
+
+
+def straddle_on_rank(folder: str, url: str, scratch: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """What a long request answers that is running while weights are published."""
+    import threading
+    import time
+
+    import httpx
+
+    actor, shape, parallel = build_actor(folder, Layout("1 rank"), lr=1e-2)
+    publisher = open_publisher(actor, shape, parallel, folder, [url], scratch, **keys)
+    publisher.publish(1)
+    train(actor, parallel, 1)
+    sampling = {"temperature": 1.0, "max_new_tokens": 500, "ignore_eos": True}
+    answer: dict[str, Any] = {}
+
+    def ask() -> None:
+        body = {"input_ids": list(PROMPTS[0]), "sampling_params": sampling, "return_logprob": True}
+        answer.update(httpx.post(f"{url}/generate", json=body, timeout=90, trust_env=False).json())
+
+    request = threading.Thread(target=ask)
+    request.start()
+    time.sleep(0.15)
+    assert request.is_alive(), "the request was over before the publish"
+    outcome = publisher.publish(2)
+    request.join()
+    publisher.close()
+    return {"outcome": outcome, "num_tokens": len(answer["output_ids"]), "meta": answer["meta_info"]}

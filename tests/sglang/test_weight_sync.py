@@ -10,7 +10,14 @@ import httpx
 import pytest
 from harness import run_ranks
 from train_step import Layout
-from weight_sync import GREEDY_TOKENS, PROMPTS, corrupt_on_rank, sync_on_rank
+from weight_sync import (
+    GREEDY_TOKENS,
+    PROMPTS,
+    absentee_on_rank,
+    corrupt_on_rank,
+    straddle_on_rank,
+    sync_on_rank,
+)
 
 from spear_megatron.rollout.sglang.control import ControlClient
 
@@ -83,3 +90,24 @@ def test_a_tensor_damaged_on_the_way_is_named(times: int, server: str, tiny_fold
     (text,) = run_ranks(corrupt_on_rank, 1, str(tiny_folder), layout, [server], str(tmp_path), SMALL, name, times)
     assert f"wrong on {server}: {name}." in text
     assert text.startswith("resends 1:" if times == 1 else "weights of version 1 arrived wrong.")
+
+
+@pytest.mark.parametrize("pause", ["retract", "in_place", "abort"])
+def test_a_request_lives_through_an_update(pause: str, server: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Kept or computed again it has tokens of both versions; aborted it ends with those of the first."""
+    (result,) = run_ranks(straddle_on_rank, 1, str(tiny_folder), server, str(tmp_path), SMALL | {"pause": pause})
+    assert result["outcome"].fresh == (server,)
+    spans = [(span["version"], span["start"], span["end"]) for span in result["meta"]["weight_versions"]]
+    if pause == "abort":
+        assert result["meta"]["finish_reason"]["type"] == "abort" and [span[0] for span in spans] == ["1"]
+        return
+    assert result["num_tokens"] == 500 and [span[0] for span in spans] == ["1", "2"]
+    assert spans[0][1] == 0 and 0 < spans[0][2] == spans[1][1] < spans[1][2] == 500
+
+
+@pytest.mark.parametrize("way", ["tensor", "distributed", "disk"])
+def test_a_server_that_is_not_there_stops_nobody(way: str, server: str, tiny_folder: Path, tmp_path: Path) -> None:
+    absent = "http://127.0.0.1:9"
+    arguments = (str(tiny_folder), Layout("1 rank"), [absent, server], str(tmp_path), SMALL | {"way": way})
+    (outcome,) = run_ranks(absentee_on_rank, 1, *arguments)
+    assert outcome.fresh == (server,) and f"{absent}/get_server_info" in outcome.stale[absent]
