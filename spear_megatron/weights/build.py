@@ -12,6 +12,7 @@ import torch
 
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.parallel.state import ParallelState
+from spear_megatron.rollout.sglang.control import ControlClient
 from spear_megatron.rollout.sglang.weights_config import WeightsConfig
 from spear_megatron.weights.plan import SyncPlan, plan_sync
 from spear_megatron.weights.probe import Probe
@@ -38,6 +39,7 @@ def build_publisher(
     urls: Callable[[], Sequence[str]],
     score: ScoreRows,
     published: Callable[[Published], None] = lambda outcome: None,
+    connect: Callable[[str], ControlClient] | None = None,
 ) -> Publisher:
     """The publisher of this rank. Collective: every rank makes one.
 
@@ -48,11 +50,12 @@ def build_publisher(
         urls: the servers of the moment; asked on rank 0.
         score: see :class:`Publisher`.
         published: told every outcome, on every rank.
+        connect: makes the control connection to a URL; None for one without a key.
     """
     plan = plan_sync(
         shape.parameter_shapes(), dtype, limit_bytes=config.bucket_bytes, num_owners=parallel.dp_size
     )
-    servers = ServerGroup(timeout_s=config.timeout_s)
+    servers = ServerGroup(timeout_s=config.timeout_s, connect=connect)
     folder = Path(config.folder or default_folder)
     count = config.probe_prompts
     probe = Probe.draw(shape.vocab_size, dtype, count=count, tolerance=config.probe_tolerance) if count else None

@@ -30,7 +30,6 @@ class Setting:
         from spear_megatron.parallel.state import initialize
         from spear_megatron.rollout.sglang.weights_config import WeightsConfig
         from spear_megatron.weights.build import build_publisher
-        from spear_megatron.weights.servers import ServerGroup
 
         self.parallel = initialize(tp=tp, timeout_s=60)
         self.shape = ModelShape.from_folder(folder)
@@ -61,19 +60,16 @@ class Setting:
             urls=lambda: list(self.servers),
             score=score,
             published=self.outcomes.append,
+            connect=self.servers.__getitem__,
         )
         # buckets far smaller than a MiB, so that there are many of a tiny model
         from spear_megatron.weights.plan import plan_sync
 
         shapes = self.shape.parameter_shapes()
         plan = plan_sync(shapes, torch.float32, limit_bytes=9000, num_owners=self.parallel.dp_size)
-        servers = ServerGroup(timeout_s=5.0, connect=self.servers.__getitem__)
         self.publisher.plan = self.publisher._gatherer.plan = plan
-        self.publisher.servers = servers
-        if self.publisher.way is not None:
-            for attribute, value in (("_group", servers), ("_plan", plan)):
-                if hasattr(self.publisher.way, attribute):
-                    setattr(self.publisher.way, attribute, value)
+        if hasattr(self.publisher.way, "_plan"):
+            self.publisher.way._plan = plan
 
     def holds_the_truth(self, url: str) -> bool:
         held = self.servers[url].weights

@@ -98,6 +98,7 @@ class FakeControl:
         self.in_session = False
         self.num_updates = 0
         self.num_probes = 0
+        self.largest_payload = 0
         self.flushed_with_update = False
         self.calls: list[str] = []
 
@@ -137,6 +138,7 @@ class FakeControl:
         if self.num_updates == self.fails_at:
             raise EngineError(f"{self.url}/update_weights_from_tensor: HTTP 400: out of memory")
         for text in serialized:
+            self.largest_payload = max(self.largest_payload, len(text))
             tensors, _ = read_payload(text)
             self.weights.update(tensors)
         self._label(version)
