@@ -8,13 +8,13 @@
 
 namespace spear {
 
-// The order in which a row is summed: blocks of kSumBlock values, in a block value i to sum i mod kSumLanes, these folded
-// in halves, and the blocks in order.
+// The order in which a row is summed: blocks of kSumBlock values, in a block value i to sum i mod kSumLanes, these
+// folded in halves, and the blocks in order.
 constexpr int kSumLanes = 16;
 constexpr int kSumBlock = 4096;
 
-// Correctly rounded sum of doubles (expansions of Shewchuk 1997): the order of what is added has no effect. Made for sums
-// of floats, whose bits reach from 2^-149 to 2^159 at most, so that few parts hold any sum.
+// Correctly rounded sum of doubles (expansions of Shewchuk 1997): the order of what is added has no effect. Made for
+// sums of floats, whose bits reach from 2^-149 to 2^159 at most, so that few parts hold any sum.
 class ExactSum {
 public:
     SPEAR_HOST_DEVICE void add(double value) {

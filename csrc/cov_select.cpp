@@ -1,4 +1,5 @@
-// The tokens that Clip-Cov and KL-Cov act on: the k candidates that are smallest by key (or by minus covariance). Exact; neither threads nor the instruction set have an effect on a result.
+// The tokens that Clip-Cov and KL-Cov act on: the k candidates that are smallest by key (or by minus covariance).
+// Exact; neither threads nor the instruction set have an effect on a result.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

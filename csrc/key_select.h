@@ -75,8 +75,8 @@ SPEAR_HOST_DEVICE inline WordSearch narrowed(const WordSearch& search, const uin
     return narrowed_to(search, bin, before, histogram[bin]);
 }
 
-// Takes a search to its end among `count` words on the host, of which some may be out already; `histogram` is scratch of
-// kDigits.
+// Takes a search to its end among `count` words on the host, of which some may be out already; `histogram` is scratch
+// of kDigits.
 inline WordSearch finished(WordSearch search, const uint64_t* words, int64_t count, uint32_t* histogram) {
     while (!search.done) {
         for (int i = 0; i < kDigits; ++i) histogram[i] = 0;

@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ("kernels", "policy_loss", "lm_head")
 HEAD = """# Benchmarks of the kernels
 
-Written by `tools/benchmark_page.py` from `docs/benchmarks.json`; `make bench-kernels` measures anew. Every contender is called once per round, so that a
-disturbance hits all of them alike; a ratio is the median over the rounds of (contender / kernel) within one round: above 1 the kernel is faster. The allocator
-keeps freed memory ("warm"), so that no contender pays page faults. On a CUDA device `make gpu-check` measures the CUDA kernels; no figure of one stands here yet.
+Written by `tools/benchmark_page.py` from `docs/benchmarks.json`; `make bench-kernels` measures anew. Every contender is
+called once per round, so that a disturbance hits all of them alike; a ratio is the median over the rounds of
+(contender / kernel) within one round: above 1 the kernel is faster. The allocator keeps freed memory, so that no
+contender pays page faults. On a CUDA device `make gpu-check` measures the CUDA kernels; no figure of one stands here yet.
 """
 
 
@@ -32,7 +33,8 @@ def main() -> int:
     for report in reports.values():
         for result in report["results"]:
             result.pop("samples_ms", None)
-    page = "\n".join([HEAD, *log_probs(reports["kernels"]), *policy(reports["policy_loss"]), *lm_head(reports["lm_head"])])
+    sections = log_probs(reports["kernels"]) + policy(reports["policy_loss"]) + lm_head(reports["lm_head"])
+    page = "\n".join([HEAD, *sections])
     (ROOT / "docs" / "benchmarks.json").write_text(json.dumps(reports, indent=1) + "\n")
     (ROOT / "docs" / "benchmarks.md").write_text(page)
     return 0

@@ -1,5 +1,5 @@
-// C interface of the selection by covariance on CUDA. A set of tokens is one or several rows back to back: starts[rows +
-// 1], int64, or null for one row of `tokens`. numbers[8], double: tokens, mean advantage, mean log-prob, lower and
+// C interface of the selection by covariance on CUDA. A set of tokens is one or several rows back to back: starts[rows
+// + 1], int64, or null for one row of `tokens`. numbers[8], double: tokens, mean advantage, mean log-prob, lower and
 // upper bound of the covariance, candidates, chosen ones, tokens near a bound.
 #pragma once
 

@@ -62,8 +62,8 @@ def build_model(
     made = (parallel.tp_size, parallel.pp_size, parallel.vpp_size, parallel.cp_size)
     if wanted != made:
         raise ValueError(
-            f"the process groups were made for (tensor, pipeline, virtual pipeline, context) sizes {made}, the model wants "
-            f"{wanted}: initialise them with the same sizes"
+            f"the process groups were made for (tensor, pipeline, virtual pipeline, context) sizes {made}, the model "
+            f"wants {wanted}: initialise them with the same sizes"
         )
     on_cuda = parallel.platform.is_cuda
     use_te = choose_transformer_engine(kernels, parallel.platform, dtype)

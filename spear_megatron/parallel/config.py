@@ -13,8 +13,8 @@ _RECOMPUTE_METHODS = (None, "uniform", "block")
 class MegatronConfig:
     """Keys under ``actor_rollout_ref.actor.megatron``.
 
-    The data-parallel size is what remains: world size / (tensor * context * pipeline). ``recompute_*`` trade compute for
-    activation memory: ``selective`` recomputes the core attention, ``full`` whole layers (``recompute_method`` and
+    The data-parallel size is what remains: world size / (tensor * context * pipeline). ``recompute_*`` trade compute
+    for activation memory: ``selective`` recomputes the core attention, ``full`` whole layers (``recompute_method`` and
     ``recompute_num_layers`` say which).
     """
 

@@ -1,7 +1,8 @@
 """How packed sequences are cut over context-parallel ranks: which tokens each of them holds.
 
-Every sequence is cut into 2 * size chunks and rank r takes chunks r and 2 * size - 1 - r, so that causal attention costs
-every rank the same (as in Megatron's and Transformer Engine's context parallelism, whose rotary embeddings expect it).
+Every sequence is cut into 2 * size chunks and rank r takes chunks r and 2 * size - 1 - r, so that causal attention
+costs every rank the same (as in Megatron's and Transformer Engine's context parallelism: Megatron's rotary embeddings
+expect it).
 """
 
 from __future__ import annotations

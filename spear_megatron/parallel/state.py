@@ -17,7 +17,7 @@ class ParallelState:
     """Where this process stands. Ranks vary fastest in tensor, then context, data, and pipeline parallelism.
 
     ``model_group`` holds the tp * cp * pp ranks that work on the same rows; its leader (tp_rank 0, cp_rank 0, pp_rank
-    0) is ``leader_rank``. ``leader_group`` (gloo) holds the leaders of all data-parallel ranks and is None on the others.
+    0) is ``leader_rank``. ``leader_group`` (gloo) holds the leaders of all data-parallel ranks, and is None elsewhere.
     ``cpu_group`` (gloo) holds every rank: it moves Python objects and CPU tensors. ``store`` is the key-value store
     of the whole job. Only the main thread may use a group; the store may be used from any thread.
     """
