@@ -12,6 +12,7 @@ from spear_megatron.algorithms.schedules import ScheduledCurriculum
 from spear_megatron.checkpoint.manager import CheckpointManager
 from spear_megatron.cli.agents import canonical_answer_of, load_episode_prompts, load_renderer, open_agents, samplings
 from spear_megatron.cli.session import StopFlag, open_parallel, open_record
+from spear_megatron.cli.weights import open_publish
 from spear_megatron.config.checks_replay import replay_rules
 from spear_megatron.config.describe import flatten, to_yaml
 from spear_megatron.config.schema import Config
@@ -20,7 +21,7 @@ from spear_megatron.data.chat import ChatRenderer
 from spear_megatron.data.prompts import PromptSource
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.model.hf_export import export_hf
-from spear_megatron.model.hf_io import iter_hf_tensors, load_hf_folder
+from spear_megatron.model.hf_io import load_hf_folder
 from spear_megatron.model.provider import build_model
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.observability.lineage import LineageStore
@@ -36,7 +37,6 @@ from spear_megatron.trainer.optimizer import PolicyOptimizer
 from spear_megatron.trainer.reference import Reference
 from spear_megatron.trainer.parts import Parts, StepSettings
 from spear_megatron.trainer.run import Run
-from spear_megatron.weights.sync import publish
 
 
 def build_actor(
@@ -123,7 +123,7 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
             recorder=NullRecorder(),
             batch_files=open_batch_files(config, parallel),
             trajectories=None,
-            publish_weights=lambda step: publish(iter_hf_tensors(actor.chunks, shape, parallel), agents.engine, step),
+            publish_weights=stack.enter_context(open_publish(config, actor, shape, parallel, agents.engine)),
             export=lambda folder: export_hf(actor.chunks, shape, parallel, folder, model),
             answer_of=canonical_answer_of,
             stop_requested=lambda: stop.requested,

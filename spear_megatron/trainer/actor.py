@@ -116,6 +116,11 @@ class Actor:
         filled = [replace(row, old_log_probs=value) for row, value in zip(rows, values, strict=True)]
         return filled, {"actor/entropy": figures.mean("entropy"), **rollout_metrics(figures)}
 
+    def score(self, rows: Sequence[Row], temperature: float = 1.0) -> list[Row]:
+        """Rows with ``old_log_probs`` of the current weights at a temperature of their own."""
+        values, _ = self._evaluate(rows, with_entropy=False, temperature=temperature)
+        return [replace(row, old_log_probs=value) for row, value in zip(rows, values, strict=True)]
+
     def reference_log_probs(self, rows: Sequence[Row], reference: Reference) -> list[Row]:
         """Rows with ``ref_log_probs`` of the reference weights, in the given order."""
         with reference.swapped_in(self.chunks):
@@ -244,13 +249,16 @@ class Actor:
             self.optimizer.apply(norm, advance_schedule=advance_schedule)
         return None
 
-    def _evaluate(self, rows: Sequence[Row], *, with_entropy: bool) -> tuple[list[torch.Tensor], StepFigures]:
+    def _evaluate(
+        self, rows: Sequence[Row], *, with_entropy: bool, temperature: float | None = None
+    ) -> tuple[list[torch.Tensor], StepFigures]:
         """Log-probs of every row (float32 [n] on the host, 0 off its mask) on all ranks, and figures over all ranks."""
         ordered = sorted(rows, key=row_key)
         batch = self._pack([WeightedRow(row, torch.zeros(len(row.ids))) for row in ordered])
+        scale = self._temperature if temperature is None else temperature
 
         def read(head: HeadInput, micro_batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
-            log_probs, entropy = self._token_log_probs(head, micro_batch, self._temperature, with_entropy)
+            log_probs, entropy = self._token_log_probs(head, micro_batch, scale, with_entropy)
             mask = micro_batch.loss_mask
             sums, maxima = rollout_difference(log_probs[mask], micro_batch.rollout_log_probs[mask])
             sums["tokens"] = figure(mask)

@@ -75,7 +75,11 @@ class RunFrame:
 
     def publish(self, version: int) -> None:
         """Give the engine the current weights; tokens sampled from now on carry ``version``."""
-        self.parts.publish_weights(version)
+        outcome = self.parts.publish_weights(version)
+        if outcome is not None:
+            self._metrics.update(outcome.metrics())
+            for note in outcome.notes:
+                self.parts.recorder.message(note)
 
     def evaluate_if_due(self, step: int) -> None:
         """Measure held-out success every ``trainer.test_freq`` steps and after the last one."""

@@ -23,6 +23,7 @@ from spear_megatron.trainer.actor import Actor
 from spear_megatron.trainer.imitation import Imitation
 from spear_megatron.trainer.reference import Reference
 from spear_megatron.types import Prompt, Row, Trajectory
+from spear_megatron.weights.publisher import Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Parts:
     recorder: Recorder
     batch_files: BatchFiles
     trajectories: TrajectoryStore | None
-    publish_weights: Callable[[int], None]
+    publish_weights: Callable[[int], Published | None]
     export: Callable[[Path], None]
     answer_of: Callable[[Trajectory], str | None]
     stop_requested: Callable[[], bool]

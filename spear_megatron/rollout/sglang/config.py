@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+
+from spear_megatron.rollout.sglang.weights_config import WeightsConfig
 
 _PREFIX = "actor_rollout_ref.rollout.sglang"
 _POSITIVE = ("request_timeout_s", "min_tokens_per_s", "health_interval_s", "health_timeout_s", "control_timeout_s")
@@ -40,6 +42,7 @@ class SGLangConfig:
     health_failures: int = 3
     control_timeout_s: float = 120.0
     max_bucket_mb: int = 256
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
 
     def __post_init__(self) -> None:
         for name in ("servers", "router"):

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 
@@ -182,10 +183,14 @@ class SGLangEngine:
                 control.close()
         self.note_version(version)
 
-    def note_version(self, version: int) -> None:
-        """Every server has the weights of ``version``, sent by somebody else; every token must say its version now."""
+    def note_version(self, version: int, stale: Mapping[str, str] = MappingProxyType({})) -> None:
+        """The servers have the weights of ``version``, sent by somebody else; every token must say its version now.
+
+        ``stale`` names by URL the servers without them, and why: they get no requests until they have them.
+        """
         self._version, self._broken = version, None
         self._pool.require_label(str(version))
+        self._pool.set_stale(stale)
 
     async def close(self) -> None:
         """End this engine's requests and connections; the servers go on. Closing twice is harmless."""
