@@ -16,6 +16,7 @@ from spear_megatron.rollout.sglang.process import Launch
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.05
+_MARGIN_S = 1.0  # for members to say why they are not ready
 _SETTLED = (State.SERVING, State.FAILED, State.STOPPED)
 
 
@@ -60,7 +61,7 @@ class Fleet:
         """
         for member in self._members:
             member.start()
-        deadline = time.monotonic() + self._config.ready_timeout_s
+        deadline = time.monotonic() + self._config.ready_timeout_s + _MARGIN_S
         while time.monotonic() < deadline and any(member.view()[0] not in _SETTLED for member in self._members):
             time.sleep(_POLL_S)
         serving = len(self.serving())

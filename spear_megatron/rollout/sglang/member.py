@@ -149,7 +149,6 @@ class Member:
             if self._stopping.is_set():
                 break
             in_a_row = 0 if served_s >= self._config.stable_s else in_a_row
-            self._lose(reason)
             if in_a_row >= self._config.max_restarts:
                 with self._lock:
                     self._set(State.FAILED)
@@ -164,24 +163,29 @@ class Member:
             self._set(State.STOPPED)
 
     def _life(self, attempt: int) -> tuple[str, float]:
-        """Start a server and watch it to its end: why it ended, and for how long it was in service."""
+        """Start a server and watch it to its end: why it ended, and for how long it answered."""
         try:
             server = self._launch(attempt)
         except (EngineError, OSError) as error:
-            return f"it cannot be started: {error}", 0.0
-        grace_s = self._config.stop_timeout_s
+            reason = f"it cannot be started: {error}"
+            self.counters.reasons.append(reason)
+            return reason, 0.0
+        began: float | None = None
         try:
-            reason = self._await_ready(server)
-            if reason is not None:
-                return reason, 0.0
-            began = time.monotonic()
-            endpoint = Endpoint(server.url, self.index, attempt)
-            self._enter_service(endpoint)
-            reason = self._watch(server, endpoint)
-            grace_s = 0.0
-            return reason, time.monotonic() - began
+            failure = self._await_ready(server)
+            if failure is None:
+                began = time.monotonic()
+                endpoint = Endpoint(server.url, self.index, attempt)
+                self._enter_service(endpoint)
+                failure = self._watch(server, endpoint)
+            if not self._stopping.is_set():
+                self.counters.reasons.append(failure)
+            return failure, 0.0 if began is None else time.monotonic() - began
         finally:
-            server.stop(self._config.stop_timeout_s if self._stopping.is_set() else grace_s)
+            with self._lock:
+                self._set(State.STOPPED if self._stopping.is_set() else State.STARTING)
+            # One that hangs would not hear the request to end.
+            server.stop(self._config.stop_timeout_s if self._stopping.is_set() else 0.0)
 
     def _await_ready(self, server: ServerHandle) -> str | None:
         deadline = time.monotonic() + self._config.ready_timeout_s
@@ -244,11 +248,6 @@ class Member:
     def _generates(self, url: str) -> bool:
         with self._asking:
             return self._quiet > 0 or health.generates(url)
-
-    def _lose(self, reason: str) -> None:
-        self.counters.reasons.append(reason)
-        with self._lock:
-            self._set(State.STARTING)
 
     def _set(self, state: State) -> None:
         """Change the state, with the lock held, and keep account of the time out of service."""
