@@ -41,8 +41,8 @@ class StandInLaunch:
     port: int | None = None
     servers: list[LocalServer] = field(default_factory=list)
 
-    def __call__(self, attempt: int) -> LocalServer:
-        self.port = self.ports.choose(self.port)
+    def __call__(self, attempt: int, address: str | None = None) -> LocalServer:
+        self.port = int(address.rpartition(":")[2]) if address else self.ports.choose()
         server = LocalServer(
             [sys.executable, str(SERVER), str(self.port), str(self.journal), *self.options(attempt)],
             url=address_of("127.0.0.1", self.port),

@@ -159,7 +159,7 @@ def test_a_server_that_always_fails_is_given_up_and_the_others_go_on(
         fleet.check()
         assert len(launches[1].servers) == 3  # max_restarts=2
         assert fleet.metrics()["sglang/restarts"] == 2
-    assert "of 2 SGLang servers going on with 1" in caplog.text and "exited with code 5" in caplog.text
+    assert "of 2 SGLang servers only 1 started" in caplog.text and "exited with code 5" in caplog.text
 
 
 def test_none_that_starts_is_one_clear_error_within_the_deadline(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_slow_start_is_waited_for(tmp_path: Path) -> None:
 
 def pauses(monkeypatch: pytest.MonkeyPatch, served_s: Sequence[float], **config: Any) -> list[float]:
     """Pauses between the lives of a member that served for ``served_s`` seconds in turn."""
-    member = Member(0, lambda attempt: None, quick_config(**config), Published)
+    member = Member(0, lambda attempt, address: None, quick_config(**config), Published)
     lives, waited = iter(served_s), []
     monkeypatch.setattr(member, "_life", lambda attempt: ("it died", next(lives)))
     monkeypatch.setattr(member._stopping, "wait", waited.append)

@@ -54,7 +54,7 @@ class Fleet:
     def start(self) -> None:
         """Start every server and wait until all serve, or for ``ready_timeout_s``.
 
-        Goes on with fewer, with a warning; the others are still tried.
+        Goes on with fewer, with a warning; those that never served are given up, as nobody would know their address.
 
         Raises:
             EngineError: none serves; the fleet is closed.
@@ -70,7 +70,14 @@ class Fleet:
             self.close()
             raise EngineError(reason)
         if serving < len(self._members):
-            _LOG.warning(self._failure(f"going on with {serving}"))
+            _LOG.warning(self._failure(f"only {serving} started; going on with them"))
+            for member in self._members:
+                if member.address() is None:
+                    member.stop()
+
+    def addresses(self) -> tuple[str, ...]:
+        """URLs of all servers of the run, those that are being replaced included; they do not change."""
+        return tuple(address for member in self._members if (address := member.address()) is not None)
 
     def serving(self) -> tuple[Endpoint, ...]:
         """Servers with the published weights, in member order."""

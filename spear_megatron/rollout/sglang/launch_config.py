@@ -25,7 +25,7 @@ class SGLangLaunchConfig:
     """
 
     num_servers: int = 1
-    """Servers of one node."""
+    """Servers of one machine of the job; with backend=ray, servers in all."""
     python: str | None = None
     """Interpreter of the environment that holds sglang; null takes the trainer's own."""
     backend: Literal["process", "ray"] = "process"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang.command import ServerSpec, server_command, server_environment
 from spear_megatron.rollout.sglang.launch_config import SGLangLaunchConfig
-from spear_megatron.rollout.sglang.process import Launch, LocalServer, Ports, ServerHandle, address_of
+from spear_megatron.rollout.sglang.process import Launch, LocalServer, Ports, ServerHandle, address_of, is_free
 
 
 class LocalLaunch:
-    """Starts the attempts of one server on this machine, at the same port where it is still free.
+    """Starts the attempts of one server on this machine.
 
     Args:
         number: of the server within the run; names the log folder ``server_<number>``.
@@ -33,19 +35,31 @@ class LocalLaunch:
         self._folder = folder / f"server_{number}"
         self._gpus = tuple(gpus)
         self._ports = ports
-        self._port: int | None = None
 
-    def __call__(self, attempt: int) -> ServerHandle:
-        """Start one attempt; see :class:`LocalServer` and :meth:`Ports.choose` for what it raises."""
+    def __call__(self, attempt: int, address: str | None) -> ServerHandle:
+        """Start one attempt.
+
+        Raises:
+            EngineError: ``address`` is taken by another program, or no port is free.
+            OSError: the process cannot be started.
+        """
         config = self._config
-        self._port = self._ports.choose(self._port)
+        port = self._ports.choose() if address is None else _port_of(address)
+        if address is not None and not is_free(config.host, port):
+            raise EngineError(f"{address} is taken by another program since its server ended")
         return LocalServer(
-            server_command(config, self._spec, self._port),
-            url=address_of(config.host, self._port),
+            server_command(config, self._spec, port),
+            url=address_of(config.host, port),
             environment=server_environment(config, self._gpus, self._spec),
             log=self._folder / f"attempt_{attempt}.log",
             grace_s=config.stop_timeout_s,
         )
+
+
+def _port_of(address: str) -> int:
+    port = urlsplit(address).port
+    assert port is not None
+    return port
 
 
 def local_launches(

@@ -97,6 +97,11 @@ class Member:
         with self._lock:
             return self._state, self._endpoint if self._state in (State.SERVING, State.STALE) else None
 
+    def address(self) -> str | None:
+        """Where it served first and will serve again; None before that."""
+        with self._lock:
+            return self._endpoint.url if self._endpoint is not None else None
+
     def unavailable_s(self) -> float:
         """Seconds out of service so far, the present outage included."""
         with self._lock:
@@ -165,7 +170,7 @@ class Member:
     def _life(self, attempt: int) -> tuple[str, float]:
         """Start a server and watch it to its end: why it ended, and for how long it answered."""
         try:
-            server = self._launch(attempt)
+            server = self._launch(attempt, self.address())
         except (EngineError, OSError) as error:
             reason = f"it cannot be started: {error}"
             self.counters.reasons.append(reason)

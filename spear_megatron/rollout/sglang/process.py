@@ -45,8 +45,11 @@ class ServerHandle(Protocol):
         ...
 
 
-Launch = Callable[[int], ServerHandle]
-"""Starts the server of one attempt (0, 1, ...); EngineError or OSError when it cannot."""
+Launch = Callable[[int, str | None], ServerHandle]
+"""Starts the server of one attempt (0, 1, ...) at an address that others know already, or at one that it chooses.
+
+Raises EngineError or OSError when it cannot.
+"""
 
 
 def free_port(host: str) -> int:
@@ -82,15 +85,13 @@ class Ports:
         self._given: set[int] = set()
         self._lock = threading.Lock()
 
-    def choose(self, preferred: int | None = None) -> int:
-        """``preferred`` if it is free (a replaced server keeps its address), else the first candidate that is.
+    def choose(self) -> int:
+        """The first proposed port that is free.
 
         Raises:
-            EngineError: every candidate was taken in between.
+            EngineError: every one was taken.
         """
         with self._lock:
-            if preferred is not None and is_free(self._host, preferred):
-                return preferred
             for _ in range(_PORT_TRIES):
                 port = self._candidate(self._host)
                 if port not in self._given and is_free(self._host, port):
