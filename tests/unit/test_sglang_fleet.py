@@ -84,7 +84,7 @@ def test_a_quiet_server_is_not_asked_to_generate_but_its_death_is_seen(tmp_path:
 def test_quiet_waits_for_a_question_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, answer = threading.Event(), threading.Event()
 
-    def generates(url: str) -> bool:
+    def generates(url: str, timeout_s: float) -> bool:
         asked.set()
         return answer.wait(5.0)
 

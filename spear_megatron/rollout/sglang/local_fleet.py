@@ -62,10 +62,15 @@ def _port_of(address: str) -> int:
     return port
 
 
+def log_folder(config: SGLangLaunchConfig, run_dir: Path) -> Path:
+    """Folder of the servers' logs."""
+    return Path(config.log_folder) if config.log_folder else run_dir / "sglang"
+
+
 def local_launches(
     config: SGLangLaunchConfig, spec: ServerSpec, run_dir: Path, numbers: Sequence[int], gpus: Sequence[Sequence[int]]
 ) -> list[Launch]:
     """Launches of the servers ``numbers`` on this machine, each on its ``gpus``."""
     ports = Ports(config.host)
-    folder = Path(config.log_folder) if config.log_folder else run_dir / "sglang"
+    folder = log_folder(config, run_dir)
     return [LocalLaunch(config, spec, folder, number, ports, own) for number, own in zip(numbers, gpus, strict=True)]

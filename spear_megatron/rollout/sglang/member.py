@@ -252,7 +252,8 @@ class Member:
 
     def _generates(self, url: str) -> bool:
         with self._asking:
-            return self._quiet > 0 or health.generates(url)
+            timeout_s = min(health.GENERATE_S, self._config.hung_after_s)
+            return self._quiet > 0 or health.generates(url, timeout_s)
 
     def _set(self, state: State) -> None:
         """Change the state, with the lock held, and keep account of the time out of service."""
