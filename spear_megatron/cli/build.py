@@ -79,7 +79,10 @@ def num_optimizer_steps(config: Config) -> int:
 
 def fingerprint(config: Config) -> str:
     """Names what decides the course of training; run length, folders and layout are left out."""
-    ignored = ("trainer.", "sft.", "actor_rollout_ref.actor.megatron.", "actor_rollout_ref.model.path")
+    ignored = (
+        "trainer.", "sft.", "actor_rollout_ref.actor.megatron.", "actor_rollout_ref.model.path",
+        "actor_rollout_ref.rollout.sglang.",
+    )  # fmt: skip
     items = [f"{key}={value!r}" for key, value in flatten(config).items() if not key.startswith(ignored)]
     return hashlib.sha256("\n".join([*items, f"seed={config.trainer.seed}"]).encode()).hexdigest()[:16]
 
@@ -124,6 +127,7 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
             stop_requested=lambda: stop.requested,
             curriculum=build_curriculum(config),
             imitation=imitation,
+            engine_metrics=agents.take_metrics if config.actor_rollout_ref.rollout.name == "sglang" else None,
         )
         run = Run(parts=parts, settings=step_settings(config), trainer=config.trainer, algorithm=config.algorithm)
         resume_step = run.restore()

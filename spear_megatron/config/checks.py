@@ -27,6 +27,8 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     check_world_size(world_size, megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size)
     check_layout(shape, megatron)
     check_batch(data.train_batch_size, actor.ppo_mini_batch_size)
+    if rollout.name == "sglang":
+        check_in_flight(rollout.sglang.max_in_flight, rollout.max_num_seqs, world_size // megatron.model_parallel_size)
     check_lengths(
         data.max_prompt_length, data.max_response_length, rollout.max_model_len, shape.max_position_embeddings
     )
@@ -69,6 +71,17 @@ def check_batch(train_batch_size: int, ppo_mini_batch_size: int) -> None:
         raise ValueError(
             f"data.train_batch_size={train_batch_size} is not a multiple of {_ACTOR}.ppo_mini_batch_size="
             f"{ppo_mini_batch_size}: choose sizes that divide, so that every optimizer step sees as many prompts"
+        )
+
+
+def check_in_flight(max_in_flight: int | None, max_num_seqs: int, num_leaders: int) -> None:
+    """The requests at a server must suffice for one of every leader. Raises ValueError."""
+    key = "max_num_seqs" if max_in_flight is None else "sglang.max_in_flight"
+    limit = max_num_seqs if max_in_flight is None else max_in_flight
+    if limit < num_leaders:
+        raise ValueError(
+            f"{_ROLLOUT}.{key}={limit} is shared by {num_leaders} data-parallel leaders: "
+            f"raise it to {num_leaders} or more"
         )
 
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from spear_megatron.rollout.sglang.config import SGLangConfig
+
 LOWEST_TEMPERATURE = 1e-3  # below it scaled logits leave the range of float32; 0 itself is greedy
 _PREFIX = "actor_rollout_ref.rollout"
 
@@ -57,7 +59,7 @@ class RolloutConfig:
     """How trajectories are sampled for training.
 
     Attributes:
-        name: the engine; ``embedded`` runs inside the data-parallel leaders.
+        name: the engine; ``embedded`` runs inside the data-parallel leaders, ``sglang`` asks servers.
         n: trajectories per prompt.
         temperature: sampling temperature of training; the trainer's log-probs use it too.
         top_p, top_k: only off (1.0 and -1) in training, where the policy gradient is that of the whole distribution.
@@ -67,7 +69,7 @@ class RolloutConfig:
         max_model_len: tokens of prompt and response together; None takes data.max_prompt_length + max_response_length.
     """
 
-    name: str = "embedded"
+    name: Literal["embedded", "sglang"] = "embedded"
     n: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
@@ -78,10 +80,10 @@ class RolloutConfig:
     rollout_filter_type: Literal["std", "std_rev"] = "std"
     multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
 
     def __post_init__(self) -> None:
-        if self.name != "embedded":
-            raise ValueError(f"{_PREFIX}.name={self.name!r} is not an engine, use 'embedded'")
+        self._check_engine()
         _require_positive(f"{_PREFIX}.n", self.n)
         _require_positive(f"{_PREFIX}.max_num_seqs", self.max_num_seqs)
         if self.max_model_len is not None:
@@ -97,6 +99,19 @@ class RolloutConfig:
                     f"{_PREFIX}.{name}={getattr(self, name)} would train on a restricted distribution whose log-probs "
                     f"the loss does not see: set it to {off} (val_kwargs.{name} may restrict evaluation)"
                 )
+
+    def _check_engine(self) -> None:
+        if self.name not in ("embedded", "sglang"):
+            raise ValueError(f"{_PREFIX}.name={self.name!r} is not an engine, use 'embedded' or 'sglang'")
+        if self.name == "embedded":
+            given = [key for key in ("servers", "router") if getattr(self.sglang, key)]
+            if given:
+                raise ValueError(
+                    f"{_PREFIX}.sglang.{given[0]} is set, but {_PREFIX}.name=embedded asks no server: "
+                    "set name=sglang, or remove it"
+                )
+        elif not self.sglang.servers:
+            raise ValueError(f"{_PREFIX}.name=sglang needs {_PREFIX}.sglang.servers: give the URLs of running servers")
 
 
 def _require_positive(key: str, value: int) -> None:

@@ -11,7 +11,7 @@ from spear_megatron.algorithms.config import AlgorithmConfig
 from spear_megatron.data.files import FileEntry
 from spear_megatron.evaluation.run import evaluate
 from spear_megatron.observability.timing import PhaseTimer
-from spear_megatron.parallel.agreement import agree_any
+from spear_megatron.parallel.agreement import agree_any, gather_objects
 from spear_megatron.parallel.errors import named_waits
 from spear_megatron.rollout.collect import Collected, Tasks
 from spear_megatron.trainer.metrics import mean_metrics, replay_token_share, rollout_metrics, throughput_metrics
@@ -115,6 +115,7 @@ class RunFrame:
                 **replay_token_share(self._updates),
                 **rollout_metrics(collected.index, scores),
                 **throughput_metrics(collected.index, timings, self.parts.parallel.world_size),
+                **self._engine_metrics(),
                 **self._metrics,
                 "training/num_optimizer_steps": float(len(self._updates)),
                 "training/skipped_steps": float(self.progress.skipped_steps),
@@ -123,6 +124,16 @@ class RunFrame:
             },
         )
         self.progress.step = step
+
+    def _engine_metrics(self) -> dict[str, float]:
+        """Figures of the engine, summed over the leaders."""
+        if self.parts.engine_metrics is None:
+            return {}
+        figures: dict[str, float] = {}
+        for part in gather_objects(self.parts.parallel, self.parts.engine_metrics()):
+            for name, value in part.items():
+                figures[name] = figures.get(name, 0.0) + value
+        return figures
 
     def save_if_due(self, step: int) -> None:
         """Checkpoint when due, after the last step, and when a stop signal reached any rank."""

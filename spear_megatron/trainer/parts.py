@@ -43,6 +43,7 @@ class Parts:
     curriculum: Curriculum = ScheduledCurriculum()
     imitation: Imitation | None = None
     lineage: LineageStore | None = None
+    engine_metrics: Callable[[], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ def tool_episode(config: Config, scratch: Path) -> Any:
 _LONG = ("data.max_response_length=200",)
 _VALIDATES = ("trainer.test_freq=1",)
 OBSERVERS: Observers = {
-    f"{_ROLLOUT}.name": refused("embedded", "sglang"),
+    f"{_ROLLOUT}.name": refused("embedded", "sglang"),  # without servers
     f"{_ROLLOUT}.n": Observer(train_tasks, ("2", "3")),
     f"{_ROLLOUT}.temperature": Observer(train_tasks, ("1.0", "0.7")),
     f"{_ROLLOUT}.top_p": refused("1.0", "0.9"),

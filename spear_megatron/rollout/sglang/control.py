@@ -17,6 +17,7 @@ import httpx
 from spear_megatron.rollout.engine import EngineError
 
 PauseMode = Literal["abort", "in_place", "retract"]
+FIRST_VERSION = (0, 5, 15)
 FIRST_VERSION_WITH_SESSIONS = (0, 5, 21)
 _POLL_S = 0.25
 _QUICK_S = 10.0
