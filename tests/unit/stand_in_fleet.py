@@ -63,6 +63,10 @@ class StandInLaunch:
         lines = [json.loads(line) for line in self.journal.read_text().splitlines()]
         return [(line["path"], line["body"]) for line in lines if not line["path"].startswith("/health")]
 
+    def refuse(self, path: str, url: str) -> None:
+        """From now on the server at ``url`` answers ``path`` with an error."""
+        httpx.post(f"{url}/refuse", json={"path": path}, trust_env=False)
+
     def process(self) -> psutil.Process:
         """The running server itself, below its guard."""
         return psutil.Process(self.servers[-1].pid).children()[0]

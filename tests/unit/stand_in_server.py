@@ -1,7 +1,8 @@
 """python stand_in_server.py PORT JOURNAL [--slow S] [--child FILE] [--exit CODE]: answers like an SGLang server, in no time.
 
 Every request's path and body go to JOURNAL, a line of JSON each. ``--child`` starts a process in a session of its own
-and writes its id to FILE. A POST to /hang makes the server answer nothing more; /generate_hang only its scheduler.
+and writes its id to FILE. A POST to /hang makes the server answer nothing more, to /scheduler_hang only its scheduler,
+and to /refuse the path that its body names.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-STATE = {"hang": False, "scheduler": True, "paused": False, "version": "default"}
+STATE = {"hang": False, "scheduler": True, "paused": False, "version": "default", "refused": None}
 LOCK = threading.Lock()
 
 
@@ -38,6 +39,10 @@ class Handler(BaseHTTPRequestHandler):
     def react(self, path: str, body: dict[str, object]) -> tuple[int, object]:
         if path == "/hang":
             STATE["hang"] = True
+        if path == "/refuse":
+            STATE["refused"] = body["path"]
+        if path == STATE["refused"]:
+            return 500, {"error": {"message": "refused"}}
         if path == "/scheduler_hang":
             STATE["scheduler"] = False
         if path == "/health_generate" and not STATE["scheduler"]:

@@ -17,6 +17,7 @@ from spear_megatron.rollout.sglang.process import Launch
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.05
 _MARGIN_S = 1.0  # for members to say why they are not ready
+_END_S = 60.0
 _SETTLED = (State.SERVING, State.FAILED, State.STOPPED)
 
 
@@ -150,6 +151,59 @@ class Fleet:
                 stack.enter_context(member.quiet())
             yield
 
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """As :meth:`quiet`, and no server is started within: the memory belongs to somebody else.
+
+        Raises:
+            EngineError: a server that was starting could not be ended.
+        """
+        with self.quiet():
+            for member in self._members:
+                member.hold(True)
+            try:
+                self._await_no_start()
+                yield
+            finally:
+                for member in self._members:
+                    member.hold(False)
+
+    def _await_no_start(self) -> None:
+        deadline = time.monotonic() + self._config.stop_timeout_s + _END_S
+        while starting := [member.index for member in self._members if member.is_starting()]:
+            if time.monotonic() > deadline:
+                raise EngineError(f"the starting SGLang servers {starting} could not be ended")
+            time.sleep(_POLL_S)
+
+    def condemn(self, endpoint: Endpoint, reason: str, deadline_s: float) -> None:
+        """End a server that failed otherwise than by dying or hanging, and replace it; returns when it is gone.
+
+        Raises:
+            EngineError: it is still there after ``deadline_s`` seconds.
+        """
+        member = self._members[endpoint.member]
+        member.condemn(endpoint, reason)
+        deadline = time.monotonic() + deadline_s
+        while member.is_running(endpoint):
+            if time.monotonic() > deadline:
+                raise EngineError(f"{endpoint.url} could not be ended within {deadline_s:g} s ({reason})")
+            time.sleep(_POLL_S)
+
+    def took(
+        self, version: int, fresh: Iterable[str], stale: Mapping[str, str], restore: Restore | None = None
+    ) -> None:
+        """As :meth:`published`, by URL, for a publisher that knows no lives.
+
+        A server counts as ``fresh`` if it names ``version`` itself: another life of it would not. Those in ``stale``
+        (reasons by URL) may hold half of an update and be paused: they are ended and replaced.
+        """
+        urls = set(fresh)
+        lives = self.reachable()
+        self.published(version, [life for life in lives if life.url in urls and _names(life.url, version)], restore)
+        for life in lives:
+            if life.url in stale:
+                self._members[life.member].condemn(life, f"it missed version {version}: {stale[life.url]}")
+
     def metrics(self) -> Mapping[str, float]:
         """Figures of the record, since the start."""
         counters = [member.counters for member in self._members]
@@ -184,6 +238,16 @@ class Fleet:
         return "\n".join(lines)
 
 
+def _names(url: str, version: int) -> bool:
+    client = ControlClient(url)
+    try:
+        return client.server_info().weight_version == str(version)
+    except EngineError:
+        return False
+    finally:
+        client.close()
+
+
 def restore_from_disk(folder: str, version: int, *, timeout_s: float = 120.0) -> Restore:
     """A ``restore`` for weights that stand in a Hugging Face folder which the servers can read."""
 
@@ -191,6 +255,7 @@ def restore_from_disk(folder: str, version: int, *, timeout_s: float = 120.0) ->
         client = ControlClient(url, timeout_s=timeout_s)
         try:
             client.update_from_disk(folder, str(version))
+            client.resume()  # it may have missed the update in which it was paused
         finally:
             client.close()
 

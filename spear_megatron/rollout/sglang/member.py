@@ -18,6 +18,7 @@ from spear_megatron.rollout.sglang.process import Launch, ServerHandle
 _LOG = logging.getLogger(__name__)
 _START_POLL_S = 0.25
 _LONGEST_PAUSE_S = 60.0
+_PUT_OFF = "its start was put off"
 Restore = Callable[[str], None]
 """Brings the server at a URL to the published weights; raises EngineError when it cannot."""
 
@@ -83,9 +84,14 @@ class Member:
         self._stopping = threading.Event()
         self._state = State.STARTING
         self._endpoint: Endpoint | None = None
+        self._launched = False
+        self._running: Endpoint | None = None
         self._version: int | None = None
         self._down_since: float | None = None
         self._quiet = 0
+        self._condemned: tuple[Endpoint, str] | None = None
+        self._may_start = threading.Event()
+        self._may_start.set()
         self._thread = threading.Thread(target=self._run, name=f"sglang-server-{index}", daemon=True)
 
     def start(self) -> None:
@@ -96,6 +102,11 @@ class Member:
         """State, and the server's present life where it answers."""
         with self._lock:
             return self._state, self._endpoint if self._state in (State.SERVING, State.STALE) else None
+
+    def is_running(self, endpoint: Endpoint) -> bool:
+        """Whether something of this life of the server may still run."""
+        with self._lock:
+            return self._running == endpoint
 
     def address(self) -> str | None:
         """Where it served first and will serve again; None before that."""
@@ -136,10 +147,26 @@ class Member:
             with self._asking:
                 self._quiet -= 1
 
+    def hold(self, held: bool) -> None:
+        """Whether no server may be started now; one that has not yet answered is ended, one that has goes on."""
+        with self._lock:
+            self._may_start.clear() if held else self._may_start.set()
+
+    def is_starting(self) -> bool:
+        """Whether something runs that has not answered yet."""
+        with self._lock:
+            return self._launched and self._running is None
+
+    def condemn(self, endpoint: Endpoint, reason: str) -> None:
+        """End this life of the server, and replace it as if it had died."""
+        self._condemned = endpoint, reason
+        self._wake.set()
+
     def ask_to_stop(self) -> None:
         """Begin to end the server; returns at once."""
         self._stopping.set()
         self._wake.set()
+        self._may_start.set()
 
     def stop(self) -> None:
         """End the server and the thread; waits until both are gone."""
@@ -153,6 +180,9 @@ class Member:
             reason, served_s = self._life(attempt)
             if self._stopping.is_set():
                 break
+            if reason == _PUT_OFF:
+                self._may_start.wait()
+                continue
             in_a_row = 0 if served_s >= self._config.stable_s else in_a_row
             if in_a_row >= self._config.max_restarts:
                 with self._lock:
@@ -163,17 +193,24 @@ class Member:
             attempt, in_a_row = attempt + 1, in_a_row + 1
             _LOG.warning("SGLang server %d is started again in %.1f s: %s", self.index, pause_s, reason)
             self._stopping.wait(pause_s)
+            self._may_start.wait()
             self.counters.restarts += not self._stopping.is_set()
         with self._lock:
             self._set(State.STOPPED)
 
     def _life(self, attempt: int) -> tuple[str, float]:
         """Start a server and watch it to its end: why it ended, and for how long it answered."""
+        with self._lock:
+            self._launched = self._may_start.is_set()
+            if not self._launched:
+                return _PUT_OFF, 0.0
         try:
             server = self._launch(attempt, self.address())
         except (EngineError, OSError) as error:
             reason = f"it cannot be started: {error}"
             self.counters.reasons.append(reason)
+            with self._lock:
+                self._launched = False
             return reason, 0.0
         began: float | None = None
         try:
@@ -183,7 +220,7 @@ class Member:
                 endpoint = Endpoint(server.url, self.index, attempt)
                 self._enter_service(endpoint)
                 failure = self._watch(server, endpoint)
-            if not self._stopping.is_set():
+            if not self._stopping.is_set() and failure != _PUT_OFF:
                 self.counters.reasons.append(failure)
             return failure, 0.0 if began is None else time.monotonic() - began
         finally:
@@ -191,6 +228,8 @@ class Member:
                 self._set(State.STOPPED if self._stopping.is_set() else State.STARTING)
             # One that hangs would not hear the request to end.
             server.stop(self._config.stop_timeout_s if self._stopping.is_set() else 0.0)
+            with self._lock:
+                self._launched, self._running = False, None
 
     def _await_ready(self, server: ServerHandle) -> str | None:
         deadline = time.monotonic() + self._config.ready_timeout_s
@@ -198,6 +237,8 @@ class Member:
             death = server.death()
             if death is not None:
                 return death
+            if not self._may_start.is_set():
+                return _PUT_OFF
             if health.answers(server.url):
                 return None
             if time.monotonic() > deadline:
@@ -207,7 +248,8 @@ class Member:
 
     def _enter_service(self, endpoint: Endpoint) -> None:
         with self._lock:
-            self._endpoint, self._version = endpoint, None
+            self._endpoint = self._running = endpoint
+            self._version = None
             self._set(State.STALE)
         self.settle()
         self._restore(endpoint)
@@ -235,6 +277,8 @@ class Member:
             death = server.death()
             if death is not None:
                 return death
+            if self._condemned is not None and self._condemned[0] == endpoint:
+                return self._condemned[1]
             began = time.monotonic()
             answers = health.answers(server.url)
             if answers and (not works or began - asked > config.hung_after_s / 4):
