@@ -92,8 +92,8 @@ def test_no_server_is_started_nor_asked_to_generate_while_the_trainer_has_the_me
     assert len(launch.servers) == 1
     with gpus.publishing():
         assert RESUME not in launch.journal.read_text()
-        assert len(launch.servers) == 1
-    until(lambda: fleet.serving() and fleet.serving()[0].attempt == 1)
+        assert fleet.wait_reachable(15.0)[0].attempt == 1
+    assert fleet.serving() and RESUME not in launch.journal.read_text()
     assert fleet.metrics()["sglang/restarts"] == 1
 
 
@@ -103,7 +103,7 @@ def test_a_start_under_way_is_put_off(tmp_path: Path) -> None:
         fleet.start()
         launch.process().kill()
         until(lambda: len(launch.servers) == 2)
-        with fleet.at_rest():
+        with fleet.without_starts():
             assert launch.servers[-1].death()
             launch.options = lambda attempt: []
             time.sleep(0.3)

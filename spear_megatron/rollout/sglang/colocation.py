@@ -60,7 +60,8 @@ class SharedGpus:
         self._cache_first = cache_first
         self._released: tuple[Endpoint, ...] = ()
         self._training = False
-        self._rest = contextlib.ExitStack()
+        self._quiet = contextlib.ExitStack()
+        self._held = contextlib.ExitStack()
 
     def to_training(self) -> None:
         """Generation is over: servers give their memory, the trainer takes it. Nothing happens the second time.
@@ -73,8 +74,9 @@ class SharedGpus:
             return
         problem: str | None = None
         if self._fleet is not None:
-            self._rest.enter_context(self._fleet.at_rest())
             try:
+                self._quiet.enter_context(self._fleet.quiet())
+                self._held.enter_context(self._fleet.without_starts())
                 self._released = self._on_each(self._fleet.reachable(), self._release)
             except EngineError as error:
                 problem = str(error)
@@ -87,6 +89,7 @@ class SharedGpus:
         """The body sends new weights to the servers, which generate afterwards."""
         self._trainer.to_host()
         self._agree("offloading of the optimizer", None)
+        self._held.close()  # servers that died meanwhile start now, and can take the weights
         try:
             tags = (*WEIGHTS, *CACHE) if self._cache_first else WEIGHTS
             self._resume(tags, "weights")
@@ -94,7 +97,7 @@ class SharedGpus:
             if not self._cache_first:
                 self._resume(CACHE, "cache")
         finally:
-            self._rest.close()  # servers that died meanwhile start only now
+            self._quiet.close()
             self._released, self._training = (), False
 
     def _resume(self, tags: Sequence[str], what: str) -> None:

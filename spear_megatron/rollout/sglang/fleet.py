@@ -80,6 +80,12 @@ class Fleet:
         """URLs of all servers of the run, those that are being replaced included; they do not change."""
         return tuple(address for member in self._members if (address := member.address()) is not None)
 
+    @property
+    def longest_outage_s(self) -> float:
+        """How long a server may take to be replaced: noticed, ended, started."""
+        config = self._config
+        return config.hung_after_s + config.stop_timeout_s + config.ready_timeout_s + _END_S
+
     def serving(self) -> tuple[Endpoint, ...]:
         """Servers with the published weights, in member order."""
         return self._in_state(State.SERVING)
@@ -112,13 +118,17 @@ class Fleet:
         return serving
 
     def wait_reachable(self, deadline_s: float) -> tuple[Endpoint, ...]:
-        """Wait until some server can take weights; raises as :meth:`wait_serving`."""
+        """Wait until every server that was not given up can take weights, or for ``deadline_s`` seconds.
+
+        Raises:
+            EngineError: none can.
+        """
         deadline = time.monotonic() + deadline_s
-        while not (reachable := self.reachable()):
-            self.check()
-            if time.monotonic() > deadline:
-                raise EngineError(self._failure(f"none could be reached within {deadline_s:g} s"))
+        while time.monotonic() < deadline and any(member.view()[0] is State.STARTING for member in self._members):
             time.sleep(_POLL_S)
+        if not (reachable := self.reachable()):
+            self.check()
+            raise EngineError(self._failure(f"none could be reached within {deadline_s:g} s"))
         return reachable
 
     def published(self, version: int, endpoints: Iterable[Endpoint], restore: Restore | None = None) -> None:
@@ -152,21 +162,20 @@ class Fleet:
             yield
 
     @contextlib.contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """As :meth:`quiet`, and no server is started within: the memory belongs to somebody else.
+    def without_starts(self) -> Iterator[None]:
+        """No server is started within, and none is starting when the body begins: the memory is somebody else's.
 
         Raises:
             EngineError: a server that was starting could not be ended.
         """
-        with self.quiet():
+        for member in self._members:
+            member.hold(True)
+        try:
+            self._await_no_start()
+            yield
+        finally:
             for member in self._members:
-                member.hold(True)
-            try:
-                self._await_no_start()
-                yield
-            finally:
-                for member in self._members:
-                    member.hold(False)
+                member.hold(False)
 
     def _await_no_start(self) -> None:
         deadline = time.monotonic() + self._config.stop_timeout_s + _END_S
