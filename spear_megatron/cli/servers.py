@@ -26,11 +26,22 @@ def open_rollout_servers(
 
     Raises: as ``rollout.sglang.start.open_servers``.
     """
-    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    rollout = config.actor_rollout_ref.rollout
     if rollout.name != "sglang" or rollout.sglang.servers:
         yield Servers(rollout.sglang.servers, None)
         return
-    spec = ServerSpec(
+    spec = server_spec(config, parallel, shape, max_model_len)
+    run_dir = Path(config.trainer.default_local_dir)
+    with open_servers(
+        rollout.sglang.launch, spec, parallel, run_dir, colocated=rollout.sglang.colocated
+    ) as servers:
+        yield servers
+
+
+def server_spec(config: Config, parallel: ParallelState, shape: ModelShape, max_model_len: int) -> ServerSpec:
+    """What a started server serves."""
+    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    return ServerSpec(
         model_path=model.path,
         dtype=str(model.torch_dtype).removeprefix("torch."),
         context_length=min(max_model_len + RESERVED_TOKENS, shape.max_position_embeddings),
@@ -38,11 +49,6 @@ def open_rollout_servers(
         memory_saver=rollout.sglang.colocated,
         on_cpu=computes_on_cpu(rollout.sglang.launch, parallel),
     )
-    run_dir = Path(config.trainer.default_local_dir)
-    with open_servers(
-        rollout.sglang.launch, spec, parallel, run_dir, colocated=rollout.sglang.colocated
-    ) as servers:
-        yield servers
 
 
 def shared_gpus(

@@ -92,3 +92,23 @@ def gone(pid: int) -> bool:
 def weight_version(url: str) -> str:
     """Label of the server's weights."""
     return str(httpx.get(f"{url}/get_model_info", trust_env=False).json()["weight_version"])
+
+
+def stand_in_python(folder: Path, *options: str) -> str:
+    """A program for ``launch.python`` that starts a stand-in server in place of SGLang, at the port it is told.
+
+    Its arguments and environment go to ``folder``/started.jsonl, a line of JSON for each start.
+    """
+    script = folder / "stand_in_python"
+    command = [sys.executable, str(SERVER), "PORT", str(folder / "journal.jsonl"), *options]
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, sys\n"
+        f"command = {command!r}\n"
+        "command[2] = sys.argv[sys.argv.index('--port') + 1]\n"
+        f"with open({str(folder / 'started.jsonl')!r}, 'a') as file:\n"
+        "    file.write(json.dumps([sys.argv[1:], dict(os.environ)]) + '\\n')\n"
+        "os.execv(command[0], command)\n"
+    )
+    script.chmod(0o755)
+    return str(script)

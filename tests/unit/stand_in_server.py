@@ -1,7 +1,7 @@
-"""python stand_in_server.py PORT JOURNAL [--slow S] [--child FILE] [--exit CODE]: answers like an SGLang server, in no time.
+"""python stand_in_server.py PORT JOURNAL [options]: answers like an SGLang server, in no time.
 
 Every request's path and body go to JOURNAL, a line of JSON each. ``--child`` starts a process in a session of its own
-and writes its id to FILE. A POST to /hang makes the server answer nothing more, to /scheduler_hang only its scheduler,
+and writes its id to FILE; ``--stubborn`` ignores the request to end. A POST to /hang makes the server answer nothing more, to /scheduler_hang only its scheduler,
 and to /refuse the path that its body names.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -76,8 +77,11 @@ def main() -> None:
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--child")
     parser.add_argument("--exit", type=int)
+    parser.add_argument("--stubborn", action="store_true")
     options = parser.parse_args()
     print("starting up", flush=True)
+    if options.stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if options.child:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
         with open(options.child, "w") as file:
