@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spear_megatron.cli.servers import open_rollout_servers
 from spear_megatron.config.schema import Config
 from spear_megatron.data.chat import ChatRenderer
 from spear_megatron.data.generator import Split
@@ -16,6 +17,8 @@ from spear_megatron.environments.protocol import Reward, final_text
 from spear_megatron.environments.registry import EnvironmentFactory, environment_factory, needs_sandbox, opening_of
 from spear_megatron.environments.sandbox.factory import open_sandbox
 from spear_megatron.environments.sandbox.protocol import Sandbox
+from spear_megatron.environments.workers.factory import open_workers
+from spear_megatron.environments.workers.pool import WorkerPool
 from spear_megatron.model.hf_folder import HFWeights
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.parallel.agreement import agreed, gather_objects
@@ -30,6 +33,7 @@ from spear_megatron.rollout.engine import Engine, SamplingParams
 from spear_megatron.rollout.prompt_lengths import check_prompt_lengths
 from spear_megatron.rollout.scheduler import EpisodeRunner, collect_groups
 from spear_megatron.rollout.sglang.engine import SGLangEngine
+from spear_megatron.rollout.sglang.start import Servers
 from spear_megatron.types import Group, Prompt, Trajectory
 
 
@@ -88,21 +92,29 @@ def samplings(config: Config) -> tuple[SamplingParams, SamplingParams]:
     return train, replace(train, temperature=val.temperature, top_p=val.top_p, top_k=val.top_k)
 
 
-def open_environment(config: Config) -> tuple[EnvironmentFactory, Sandbox | None]:
-    """The environment's factory, and the sandbox that its episodes share if they run code."""
+def open_environment(config: Config) -> tuple[EnvironmentFactory, Sandbox | WorkerPool | None]:
+    """The environment's factory, and what its episodes share: a sandbox if they run code, or the workers they live in."""
+    if config.env.workers.backend != "local":
+        pool = open_workers(config.env)
+        return pool.environment, pool
     sandbox = open_sandbox(config.env.sandbox) if needs_sandbox(config.env) else None
     return environment_factory(config.env, sandbox), sandbox
 
 
-def open_engine(config: Config, shape: ModelShape, dp_rank: int, dp_size: int) -> Engine:
-    """The engine of one of ``dp_size`` leaders: its own embedded one, or its share of the servers that all use."""
+def open_engine(
+    config: Config, shape: ModelShape, dp_rank: int, dp_size: int, servers: Sequence[str] | None = None
+) -> Engine:
+    """The engine of one of ``dp_size`` leaders: its own embedded one, or its share of the servers that all use.
+
+    ``servers`` are those that the run started; None takes the configured ones.
+    """
     rollout = config.actor_rollout_ref.rollout
     if rollout.name == "embedded":
         return EmbeddedEngine(shape, max_num_seqs=rollout.max_num_seqs, max_model_len=max_model_len(config))
     return SGLangEngine(
         shape,
         rollout.sglang,
-        servers=rollout.sglang.servers,
+        servers=rollout.sglang.servers if servers is None else servers,
         max_in_flight=share_of_server(rollout, dp_size),
         max_model_len=max_model_len(config),
         sends_weights=dp_rank == 0,
@@ -114,11 +126,12 @@ def share_of_server(rollout: RolloutConfig, dp_size: int) -> int:
     return max(1, (rollout.sglang.max_in_flight or rollout.max_num_seqs) // dp_size)
 
 
-def max_episodes(rollout: RolloutConfig, dp_size: int) -> int:
+def max_episodes(rollout: RolloutConfig, dp_size: int, num_servers: int | None = None) -> int:
     """Episodes that one leader plays at a time: twice what its engine computes, as half of them wait for tools."""
     if rollout.name == "embedded":
         return 2 * rollout.max_num_seqs
-    return 2 * share_of_server(rollout, dp_size) * len(rollout.sglang.servers)
+    num_servers = len(rollout.sglang.servers) if num_servers is None else num_servers
+    return 2 * share_of_server(rollout, dp_size) * num_servers
 
 
 def load_engine(engine: Engine, folder: str | Path, shape: ModelShape) -> None:
@@ -138,12 +151,14 @@ class Agents:
 
     collector: Collector
     engine: Engine | None = None
-    sandbox: Sandbox | None = None
+    sandbox: Sandbox | WorkerPool | None = None
     reward: Reward | None = None
+    servers: Servers = Servers((), None)
 
     def take_metrics(self) -> dict[str, float]:
-        """Figures of this rank's engine since the last call; none of an engine that keeps none."""
-        return self.engine.stats.take_metrics() if isinstance(self.engine, SGLangEngine) else {}
+        """Figures of this rank's engine since the last call, and of the servers that this rank started."""
+        engine = self.engine.stats.take_metrics() if isinstance(self.engine, SGLangEngine) else {}
+        return {**engine, **(self.servers.fleet.metrics() if self.servers.fleet is not None else {})}
 
     def close(self) -> None:
         """Stop engine, sandbox and answer checkers."""
@@ -167,15 +182,16 @@ def open_agents(
     collector = functools.partial(
         Collector, parallel, leaders=leaders, timeout_s=config.trainer.collect_timeout_s
     )
-    with agreed(parallel, "start of the agents"):
-        if parallel.is_leader:
-            agents = _leader_agents(config, parallel, renderer, shape, collector)
-        else:
-            agents = Agents(collector(None))
-    try:
-        yield agents
-    finally:
-        agents.close()
+    with open_rollout_servers(config, parallel, shape, max_model_len(config)) as servers:
+        with agreed(parallel, "start of the agents"):
+            if parallel.is_leader:
+                agents = _leader_agents(config, parallel, renderer, shape, collector, servers)
+            else:
+                agents = Agents(collector(None), servers=servers)
+        try:
+            yield agents
+        finally:
+            agents.close()
 
 
 def _leader_agents(
@@ -184,10 +200,11 @@ def _leader_agents(
     renderer: ChatRenderer,
     shape: ModelShape,
     collector: Callable[[RunGroups], Collector],
+    servers: Servers,
 ) -> Agents:
     rollout = config.actor_rollout_ref.rollout
     reward = build_reward(config.reward)
-    engine = open_engine(config, shape, parallel.dp_rank, parallel.dp_size)
+    engine = open_engine(config, shape, parallel.dp_rank, parallel.dp_size, servers.urls)
     make_environment, sandbox = open_environment(config)  # last: it starts processes, which a failure would leave
 
     async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
@@ -206,8 +223,8 @@ def _leader_agents(
             run=runner,
             step=tasks.step,
             num_samples=tasks.num_samples,
-            max_concurrency=max_episodes(rollout, parallel.dp_size),
+            max_concurrency=max_episodes(rollout, parallel.dp_size, len(servers.urls)),
             deadline_s=config.trainer.collect_timeout_s,
         )
 
-    return Agents(collector(run_groups), engine, sandbox, reward)
+    return Agents(collector(run_groups), engine, sandbox, reward, servers)

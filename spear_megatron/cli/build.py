@@ -11,6 +11,7 @@ from pathlib import Path
 from spear_megatron.algorithms.schedules import ScheduledCurriculum
 from spear_megatron.checkpoint.manager import CheckpointManager
 from spear_megatron.cli.agents import canonical_answer_of, load_episode_prompts, load_renderer, open_agents, samplings
+from spear_megatron.cli.servers import Publishing, shared_gpus
 from spear_megatron.cli.session import StopFlag, open_parallel, open_record
 from spear_megatron.cli.weights import open_publish
 from spear_megatron.config.checks_replay import replay_rules
@@ -112,6 +113,11 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
         checkpoints = open_checkpoints(config, parallel, imitation.buffer.collect if imitation else None)
         optim = config.actor_rollout_ref.actor.optim
         actor, reference = build_actor(config, parallel, shape, optim, num_optimizer_steps(config))
+        publishing = Publishing(
+            agents.servers,
+            stack.enter_context(open_publish(config, actor, shape, parallel, agents)),
+            shared_gpus(config, parallel, agents.servers, actor.optimizer),
+        )
         parts = Parts(
             parallel=parallel,
             actor=actor,
@@ -123,13 +129,14 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
             recorder=NullRecorder(),
             batch_files=open_batch_files(config, parallel),
             trajectories=None,
-            publish_weights=stack.enter_context(open_publish(config, actor, shape, parallel, agents.engine)),
+            publish_weights=publishing.publish,
             export=lambda folder: export_hf(actor.chunks, shape, parallel, folder, model),
             answer_of=canonical_answer_of,
             stop_requested=lambda: stop.requested,
             curriculum=build_curriculum(config),
             imitation=imitation,
             engine_metrics=agents.take_metrics if config.actor_rollout_ref.rollout.name == "sglang" else None,
+            to_training=publishing.to_training,
         )
         run = Run(parts=parts, settings=step_settings(config), trainer=config.trainer, algorithm=config.algorithm)
         resume_step = run.restore()

@@ -116,6 +116,13 @@ _ENGINE = (
     *(Metric(f"engine_server/<server>/{name}", f"{meaning}, one server", unit) for name, meaning, unit in _FIGURES),
 )
 
+_SERVERS = (
+    Metric("sglang/servers", "servers of the run's own that serve the published weights", "servers"),
+    Metric("sglang/restarts", "servers replaced since the start of the run", "servers"),
+    Metric("sglang/hangs", "servers replaced because they did not answer, since the start of the run", "servers"),
+    Metric("sglang/unavailable_s", "time that servers were out of service, summed, since the start of the run", "s"),
+)
+
 _HELD_OUT = (
     ("success_rate", "held-out success rate", "fraction"),
     ("success_rate_low", "lower end of the 95 % interval of the success rate", "fraction"),
@@ -134,7 +141,7 @@ _VALIDATION = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *MISMATCH, *_TIMING, *_PERF, *_ENGINE, *_VALIDATION,
+    *_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *MISMATCH, *_TIMING, *_PERF, *_ENGINE, *_SERVERS, *_VALIDATION,
 )  # fmt: skip
 
 

@@ -142,14 +142,12 @@ class RolloutConfig:
         if self.name not in ("embedded", "sglang"):
             raise ValueError(f"{_PREFIX}.name={self.name!r} is not an engine, use 'embedded' or 'sglang'")
         if self.name == "embedded":
-            given = [key for key in ("servers", "router") if getattr(self.sglang, key)]
+            given = [key for key in ("servers", "router", "colocated") if getattr(self.sglang, key)]
             if given:
                 raise ValueError(
                     f"{_PREFIX}.sglang.{given[0]} is set, but {_PREFIX}.name=embedded asks no server: "
                     "set name=sglang, or remove it"
                 )
-        elif not self.sglang.servers:
-            raise ValueError(f"{_PREFIX}.name=sglang needs {_PREFIX}.sglang.servers: give the URLs of running servers")
 
 
 def _require_positive(key: str, value: int) -> None:

@@ -73,6 +73,10 @@ class RunFrame:
         with self._timer.phase(name), named_waits(where):
             yield
 
+    def begin_training(self) -> None:
+        """Generation is over until the next publication: servers on the trainer's GPUs make room."""
+        self.parts.to_training()
+
     def publish(self, version: int) -> None:
         """Give the engine the current weights; tokens sampled from now on carry ``version``."""
         outcome = self.parts.publish_weights(version)

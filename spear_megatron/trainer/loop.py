@@ -18,6 +18,7 @@ def train(run: Run) -> None:
     for step in run.remaining_steps():
         with run.phase("gen"):
             collected = run.collect(step)
+            run.begin_training()
         with run.phase("filter"):
             scores = run.score(step, collected.index)
         with run.phase("replay"):

@@ -48,6 +48,7 @@ class Parts:
     imitation: Imitation | None = None
     lineage: LineageStore | None = None
     engine_metrics: Callable[[], dict[str, float]] | None = None
+    to_training: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,15 @@ def engine_steps(config: Config, scratch: Path) -> Any:
         return engine.stats.num_steps
 
 
+def engine_kind(config: Config, scratch: Path) -> Any:
+    """The engine, where a server is there."""
+    from spear_megatron.cli.agents import open_engine
+    from spear_megatron.model.shape import ModelShape
+
+    shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
+    return type(open_engine(config, shape, 0, 1, ("http://127.0.0.1:9",))).__name__
+
+
 def tool_episode(config: Config, scratch: Path) -> Any:
     """An episode whose policy asks for the tool twice and then answers."""
     return episode(config, ["1", "2", "\\boxed{3}"])
@@ -81,7 +90,7 @@ def nonfinite_batches(config: Config, scratch: Path) -> Any:
 _LONG = ("data.max_response_length=200",)
 _VALIDATES = ("trainer.test_freq=1",)
 OBSERVERS: Observers = {
-    f"{_ROLLOUT}.name": refused("embedded", "sglang"),  # without servers
+    f"{_ROLLOUT}.name": Observer(engine_kind, ("embedded", "sglang")),
     f"{_ROLLOUT}.n": Observer(train_tasks, ("2", "3")),
     f"{_ROLLOUT}.temperature": Observer(train_tasks, ("1.0", "0.7")),
     f"{_ROLLOUT}.top_p": refused("1.0", "0.9"),
