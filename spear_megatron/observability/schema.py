@@ -134,7 +134,9 @@ _VALIDATION = (
     Metric("env/<name>", "whatever a custom environment or reward reports, mean over trajectories", "any"),
 )
 
-METRICS: tuple[Metric, ...] = (*_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *_TIMING, *_PERF, *_ENGINE, *_SERVERS, *_VALIDATION)
+METRICS: tuple[Metric, ...] = (
+    *_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *_TIMING, *_PERF, *_ENGINE, *_SERVERS, *_VALIDATION,
+)  # fmt: skip
 
 
 def _pattern(name: str) -> re.Pattern[str]:
