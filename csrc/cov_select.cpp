@@ -1,19 +1,21 @@
-// Candidates of Clip-Cov and KL-Cov among tokens, and those of them that can be among the k smallest by key (or by
-// minus covariance). Exact; neither threads nor the instruction set have an effect on a result.
+// The tokens that Clip-Cov and KL-Cov act on: the k candidates that are smallest by key (or by minus covariance).
+// Exact; neither threads nor the instruction set have an effect on a result.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <tuple>
-#include <utility>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#include "cov_math.h"
 #include "dtype.h"
 #include "isa.h"
 #include "key_select.h"
@@ -23,8 +25,7 @@ namespace py = pybind11;
 namespace spear {
 namespace {
 
-constexpr int64_t kBlockTokens = 8192;
-constexpr int64_t kSumLanes = 16;
+constexpr int64_t kBlockTokens = 2048;
 
 struct CovInputs {
     const float* log_probs;
@@ -44,8 +45,13 @@ struct CovRule {
     double clip_high;
 };
 
+inline double covariance_of(const CovInputs& inputs, int64_t place, const CovRule& rule) {
+    return (static_cast<double>(inputs.advantages[place]) - rule.mean_advantage) *
+           (static_cast<double>(inputs.log_probs[place]) - rule.mean_log_prob);
+}
+
 struct CovBlock {
-    int64_t* places;  // room for the block's tokens
+    int32_t* places;  // room for the block's tokens
     int64_t candidates;
     int64_t near;
 };
@@ -77,75 +83,120 @@ Element* pointer(uintptr_t address) {
     return reinterpret_cast<Element*>(address);
 }
 
-// Moves every block's candidates to the front of `places`; returns how many they are and how many tokens are near.
-std::pair<int64_t, int64_t> packed(const std::vector<CovBlock>& blocks, int64_t* places) {
+uint64_t word_of(const CovInputs& inputs, const CovRule& rule, const int64_t* keys, int64_t place,
+                 bool by_covariance) {
+    if (!by_covariance) return ordered_word(keys[place]);
+    return ordered_word(-covariance_of(inputs, place, rule));
+}
+
+// All candidates of a set of tokens: block b has its places and words from position b * kBlockTokens on. The histogram
+// counts the first digits of the words.
+struct CovCandidates {
+    std::unique_ptr<int32_t[]> places;
+    std::unique_ptr<uint64_t[]> words;
+    std::vector<CovBlock> blocks;
+    std::vector<uint32_t> histogram;
+    int64_t count = 0;
+    int64_t near = 0;
+
+    // Not initialised: memory that holds no candidate is never touched.
+    explicit CovCandidates(int64_t tokens)
+        : places(new int32_t[static_cast<size_t>(tokens)]),
+          words(new uint64_t[static_cast<size_t>(tokens)]),
+          blocks(static_cast<size_t>((tokens + kBlockTokens - 1) / kBlockTokens)),
+          histogram(kDigits) {}
+};
+
+void find_candidates(CovCandidates& found, const CovInputs& inputs, const CovRule& rule, const int64_t* keys,
+                     int64_t tokens, bool by_covariance, uint8_t* chosen, const CovKernels& kernels, int threads) {
+    const int64_t count = static_cast<int64_t>(found.blocks.size());
+    const WordSearch start_of_search = word_search(1);
     int64_t candidates = 0, near = 0;
-    for (const CovBlock& block : blocks) {
-        const size_t bytes = static_cast<size_t>(block.candidates) * sizeof(int64_t);
-        if (bytes) std::memmove(places + candidates, block.places, bytes);
-        candidates += block.candidates;
-        near += block.near;
+#pragma omp parallel num_threads(threads) reduction(+ : candidates, near) if (threads > 1 && count > 1)
+    {
+        std::vector<uint32_t> histogram(kDigits);
+#pragma omp for schedule(static)
+        for (int64_t index = 0; index < count; ++index) {
+            const int64_t start = index * kBlockTokens, left = tokens - start;
+            const int64_t size = left < kBlockTokens ? left : kBlockTokens;
+            CovBlock block = {found.places.get() + start, 0, 0};
+            kernels.block(inputs, start, start + size, rule, block);
+            uint64_t* words = found.words.get() + start;
+            for (int64_t i = 0; i < block.candidates; ++i) {
+                words[i] = word_of(inputs, rule, keys, block.places[i], by_covariance);
+                ++histogram[digit(start_of_search, words[i])];
+            }
+            std::memset(chosen + start, 0, static_cast<size_t>(size));
+            candidates += block.candidates;
+            near += block.near;
+            found.blocks[static_cast<size_t>(index)] = block;
+        }
+#pragma omp critical
+        for (int i = 0; i < kDigits; ++i) found.histogram[static_cast<size_t>(i)] += histogram[static_cast<size_t>(i)];
     }
-    return {candidates, near};
+    found.count = candidates;
+    found.near = near;
 }
 
-// Keeps the places whose word is among the `k` smallest, and any that equal the k-th; returns how many.
-int64_t keep_smallest(int64_t* places, const std::vector<uint64_t>& words, uint32_t k) {
+// The word up to which words are among the `k` smallest, or equal to the k-th; there are more than k.
+uint64_t border(const CovCandidates& found, uint32_t k) {
+    const WordSearch search = narrowed(word_search(k), found.histogram.data());
+    if (search.done) return search.last;
+    std::vector<uint64_t> left;
+    for (size_t index = 0; index < found.blocks.size(); ++index) {
+        const uint64_t* words = found.words.get() + static_cast<int64_t>(index) * kBlockTokens;
+        for (int64_t i = 0; i < found.blocks[index].candidates; ++i) {
+            if (is_left(search, words[i])) left.push_back(words[i]);
+        }
+    }
     std::vector<uint32_t> histogram(kDigits);
-    const int64_t count = static_cast<int64_t>(words.size());
-    const uint64_t last = kth_smallest(words.data(), count, k, histogram.data());
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        places[kept] = places[i];
-        kept += words[static_cast<size_t>(i)] <= last;
-    }
-    return kept;
+    return finished(search, left.data(), static_cast<int64_t>(left.size()), histogram.data()).last;
 }
 
-// `places` has room for all tokens. Returns (candidates, tokens near a bound, places written).
-std::tuple<int64_t, int64_t, int64_t> cov_select(uintptr_t log_probs, uintptr_t old_log_probs, uintptr_t advantages,
+// Marks the k smallest candidates in `chosen` [tokens]. Returns (candidates, tokens near a bound, tokens marked): more
+// than k are marked where words equal the k-th.
+std::tuple<int64_t, int64_t, int64_t> cov_choose(uintptr_t log_probs, uintptr_t old_log_probs, uintptr_t advantages,
                                                  uintptr_t keys, int64_t tokens, double mean_advantage,
                                                  double mean_log_prob, const std::array<double, 2>& bounds,
                                                  const std::array<double, 4>& near_bounds,
                                                  const std::array<double, 2>& clip_bounds, bool by_covariance,
-                                                 int64_t k, uintptr_t places, int threads, const char* isa) {
+                                                 int64_t k, uintptr_t chosen, int threads, const char* isa) {
     if (k < 1 || tokens > INT32_MAX) throw std::invalid_argument("k must be positive, tokens below 2^31");
-    const CovKernels kernels = kernels_for(parse_isa(isa));
     const CovInputs inputs = {pointer<const float>(log_probs), pointer<const float>(old_log_probs),
                               pointer<const float>(advantages)};
     const CovRule rule = {mean_advantage, mean_log_prob, bounds[0], bounds[1], {near_bounds[0], near_bounds[1]},
                           {near_bounds[2], near_bounds[3]}, clip_bounds[0], clip_bounds[1]};
-    int64_t* out = pointer<int64_t>(places);
-    const int64_t count = (tokens + kBlockTokens - 1) / kBlockTokens;
-    std::vector<CovBlock> blocks(static_cast<size_t>(count));
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count > 1)
-    for (int64_t index = 0; index < count; ++index) {
-        const int64_t start = index * kBlockTokens, left = tokens - start;
-        CovBlock block = {out + start, 0, 0};
-        kernels.block(inputs, start, start + (left < kBlockTokens ? left : kBlockTokens), rule, block);
-        blocks[static_cast<size_t>(index)] = block;
+    uint8_t* marks = pointer<uint8_t>(chosen);
+    CovCandidates found(tokens);
+    find_candidates(found, inputs, rule, pointer<const int64_t>(keys), tokens, by_covariance, marks,
+                    kernels_for(parse_isa(isa)), threads);
+    const uint64_t last = found.count > k ? border(found, static_cast<uint32_t>(k)) : ~uint64_t{0};
+    int64_t marked = 0;
+    for (size_t index = 0; index < found.blocks.size(); ++index) {
+        const CovBlock& block = found.blocks[index];
+        const uint64_t* words = found.words.get() + static_cast<int64_t>(index) * kBlockTokens;
+        for (int64_t i = 0; i < block.candidates; ++i) {
+            const uint8_t mark = words[i] <= last;
+            marks[block.places[i]] = mark;
+            marked += mark;
+        }
     }
-    const auto [candidates, near] = packed(blocks, out);
-    if (candidates <= k) return {candidates, near, candidates};
-    std::vector<uint64_t> words(static_cast<size_t>(candidates));
-    for (int64_t i = 0; i < candidates; ++i) {
-        const int64_t place = out[i];
-        const double advantage = inputs.advantages[place], log_prob = inputs.log_probs[place];
-        const double covariance = (advantage - mean_advantage) * (log_prob - mean_log_prob);
-        words[static_cast<size_t>(i)] =
-            by_covariance ? ordered_word(-covariance) : ordered_word(pointer<const int64_t>(keys)[place]);
-    }
-    return {candidates, near, keep_smallest(out, words, static_cast<uint32_t>(k))};
+    return {found.count, found.near, marked};
 }
 
-// Sums of consecutive rows of `values`: row r has lengths[r] of them.
-void row_sums(uintptr_t values, uintptr_t lengths, int64_t rows, uintptr_t sums, const char* isa) {
+// Sums [columns, rows] of consecutive rows of every column: row r has lengths[r] values.
+void row_sums(const std::vector<uintptr_t>& columns, uintptr_t lengths, int64_t rows, uintptr_t sums, int threads,
+              const char* isa) {
     const CovKernels kernels = kernels_for(parse_isa(isa));
-    const float* source = pointer<const float>(values);
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t length = pointer<const int64_t>(lengths)[row];
-        pointer<double>(sums)[row] = kernels.sum(source, length);
-        source += length;
+    const int64_t* sizes = pointer<const int64_t>(lengths);
+    std::vector<int64_t> starts(static_cast<size_t>(rows + 1));
+    std::partial_sum(sizes, sizes + rows, starts.begin() + 1);
+    const int64_t items = rows * static_cast<int64_t>(columns.size());
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && starts.back() > kBlockTokens)
+    for (int64_t item = 0; item < items; ++item) {
+        const float* values = pointer<const float>(columns[static_cast<size_t>(item / rows)]);
+        pointer<double>(sums)[item] =
+            kernels.sum(values + starts[static_cast<size_t>(item % rows)], sizes[item % rows]);
     }
 }
 
@@ -160,13 +211,14 @@ void token_keys(uint64_t base, int64_t count, uintptr_t keys) {
 void register_cov_select(py::module_& module) {
     using py::arg;
     using Guard = py::call_guard<py::gil_scoped_release>;
-    module.def("cov_select", &spear::cov_select, Guard(), arg("log_probs"), arg("old_log_probs"), arg("advantages"),
+    module.def("cov_choose", &spear::cov_choose, Guard(), arg("log_probs"), arg("old_log_probs"), arg("advantages"),
                arg("keys"), arg("tokens"), arg("mean_advantage"), arg("mean_log_prob"), arg("bounds"),
-               arg("near_bounds"), arg("clip_bounds"), arg("by_covariance"), arg("k"), arg("places"), arg("threads"),
-               arg("isa"), "Writes the places of candidates that can be among the k smallest; returns (candidates, "
-               "tokens near a bound, places).");
-    module.def("row_sums", &spear::row_sums, Guard(), arg("values"), arg("lengths"), arg("rows"), arg("sums"),
-               arg("isa"), "Sums in double of rows back to back, in an order that depends on nothing but the length.");
+               arg("near_bounds"), arg("clip_bounds"), arg("by_covariance"), arg("k"), arg("chosen"), arg("threads"),
+               arg("isa"), "Marks the k smallest candidates, and those equal to the k-th; returns (candidates, tokens "
+               "near a bound, tokens marked).");
+    module.def("row_sums", &spear::row_sums, Guard(), arg("columns"), arg("lengths"), arg("rows"), arg("sums"),
+               arg("threads"), arg("isa"),
+               "Sums in double of rows back to back, in an order that depends on nothing but the length.");
     module.def("token_keys", &spear::token_keys, Guard(), arg("base"), arg("count"), arg("keys"),
                "Keys of the positions 0 to count - 1 of a row.");
 }

@@ -1,10 +1,10 @@
-"""Time Clip-Cov, selection and loss with its gradient, against the common formulation: medians, ratios, JSON, a table.
+"""Time Clip-Cov, selection and loss with its gradient, against the official formulation: medians and ratios.
 
     python tools/bench_policy_loss.py --tokens 65536 1048576 --json outputs/bench/policy_loss.json
 
 Every contender is called once per round, so that a disturbance hits all of them alike. The ratios are medians over the
 rounds of (contender / kernels) within one round. All tokens are sampled ones of one micro-batch, the scope of the
-common formulation. Run it on an otherwise idle machine.
+official formulation. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from bench_common import keep_freed_memory, write_report  # noqa: E402
 
 KERNELS = "kernels"
 RATIO, LB, UB, CLIP_LOW, CLIP_HIGH = 0.02, 1.0, 40.0, 0.2, 0.28
+ROW_TOKENS = 4096
 
 
 class Inputs(NamedTuple):
-    """Columns of a micro-batch, fp32 [T] but the keys (int64 [T])."""
+    """Columns of a micro-batch, fp32 [T] but the keys and the mask (int64 [T])."""
 
     log_probs: Any
     old_log_probs: Any
     advantages: Any
     weight: Any
     keys: Any
+    mask: Any
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,44 +62,48 @@ def make_inputs(tokens: int) -> Inputs:
     log_probs = -torch.empty(tokens).exponential_(1.0, generator=generator)
     old = log_probs + 0.1 * torch.randn(tokens, generator=generator)
     advantages = torch.randn((tokens + 255) // 256, generator=generator).repeat_interleave(256)[:tokens].contiguous()
-    return Inputs(log_probs, old, advantages, torch.full((tokens,), 1.0 / tokens), token_keys(1, tokens))
+    weight = torch.full((tokens,), 1.0 / tokens)
+    mask = torch.ones(tokens, dtype=torch.int64)
+    return Inputs(log_probs, old, advantages, weight, token_keys(1, tokens), mask)
 
 
 def masked_mean(values: Any, mask: Any) -> Any:
-    """Mean over the mask."""
-    return (values * mask).sum() / (mask.sum() + 1e-8)
-
-
-def common_draw(surrogates: tuple[Any, Any], log_probs: Any, advantages: Any, mask: Any) -> Any:
-    """Factor 0 on drawn tokens and 1 elsewhere: covariances, a count and indices on the host, a permutation."""
+    """Mean over an integer mask; what stands beside it may be NaN."""
     import torch
 
-    plain, bounded = surrogates
-    factor = torch.ones_like(advantages)
-    covariance = (advantages - masked_mean(advantages, mask)) * (log_probs - masked_mean(log_probs, mask))
-    covariance[mask == 0] = -torch.inf
-    covariance[bounded > plain] = -torch.inf
-    count = max(int(RATIO * mask.sum().item()), 1)
-    inside = torch.nonzero((covariance > LB) & (covariance < UB) & (mask > 0))
-    drawn = inside[torch.randperm(len(inside))[: min(count, len(inside))]]
-    factor[drawn[:, 0]] = 0
-    return factor
+    return (torch.where(mask.bool(), values, 0.0) * mask).sum() / (mask.sum() + 1e-8)
 
 
-def common_clip_cov(log_probs: Any, inputs: Inputs) -> Any:
-    """Clip-Cov as released training code has it, with the figures that it records."""
+def official_clip_cov(log_probs: Any, inputs: Inputs) -> Any:
+    """Clip-Cov as released training code computes it, on [rows, tokens] with an integer mask, loss by rows.
+
+    Covariances that take part in the graph, a count and indices on the host, a permutation of the candidates, and the
+    figures that it records read back one by one.
+    """
     import torch
 
-    mask = torch.ones_like(inputs.advantages)
-    log_ratio = log_probs - inputs.old_log_probs
+    shape = (-1, min(ROW_TOKENS, len(log_probs)))
+    current, old, advantages = (column.view(shape) for column in (log_probs, inputs.old_log_probs, inputs.advantages))
+    mask = inputs.mask.view(shape)
+    log_ratio = current - old
     ratio = torch.exp(log_ratio)
     drift = masked_mean(-log_ratio, mask)
-    plain = -inputs.advantages * ratio
-    bounded = -inputs.advantages * torch.clamp(ratio, 1.0 - CLIP_LOW, 1.0 + CLIP_HIGH)
-    factor = common_draw((plain.detach(), bounded.detach()), log_probs.detach(), inputs.advantages, mask)
+    plain = -advantages * ratio
+    factor = torch.ones_like(advantages)
+    bounded = -advantages * torch.clamp(ratio, 1.0 - CLIP_LOW, 1.0 + CLIP_HIGH)
+    clipped = (bounded > plain) & (mask > 0)
+    covariance = (advantages - masked_mean(advantages, mask)) * (current - masked_mean(current.detach(), mask))
+    covariance[mask == 0] = -torch.inf
+    covariance[clipped] = -torch.inf
+    count = max(int(RATIO * mask.sum().item()), 1)
+    inside = torch.nonzero((covariance < UB) & (covariance > LB) & (mask > 0))
+    drawn = inside[torch.randperm(len(inside))[: min(count, len(inside))]]
+    factor[drawn[:, 0], drawn[:, 1]] = 0
     share = masked_mean((factor == 0).float(), mask)
-    loss = masked_mean(torch.maximum(plain, bounded) * factor, mask)
-    return loss, drift.detach(), share.detach()
+    losses = torch.maximum(plain, bounded) * factor
+    per_row = (losses * mask).sum(dim=-1) / mask.shape[-1]
+    loss = per_row.sum() / mask.shape[0]
+    return loss, [figure.detach().item() for figure in (loss, share, drift)]
 
 
 def ours(implementation: str, draw_keys: bool) -> Callable[[Any, Inputs], Any]:
@@ -132,11 +138,11 @@ def contenders(compile_too: bool) -> dict[str, Callable[[Any, Inputs], Any]]:
         KERNELS: ours("compiled", draw_keys=False),
         "kernels, keys included": ours("compiled", draw_keys=True),
         "eager implementation": ours("eager", draw_keys=False),
-        "common formulation": common_clip_cov,
+        "official formulation": official_clip_cov,
     }
     if compile_too:
         # The draw leaves the graph by its host values; what lies around it is compiled.
-        found["common formulation, torch.compile"] = torch.compile(common_clip_cov, dynamic=False)
+        found["official formulation, torch.compile"] = torch.compile(official_clip_cov, dynamic=False)
     return found
 
 

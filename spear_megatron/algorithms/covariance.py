@@ -10,13 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from spear_megatron.algorithms.draw import Gather, smallest_across
 from spear_megatron.algorithms.rounding import floor_share
-from spear_megatron.kernels.cov_select import CovJudge, CovTokens, cov_candidates, covariances, row_sums, token_keys
+from spear_megatron.kernels.cov_select import (
+    Chosen,
+    CovJudge,
+    CovTokens,
+    cov_candidates,
+    cov_chosen,
+    covariances,
+    row_sums,
+    token_keys,
+    use_compiled,
+)
 
 __all__ = ["ClipCovRule", "KlCovRule", "Selection", "TokenSet", "select_tokens", "token_keys"]
 
@@ -93,6 +104,9 @@ def select_tokens(
 ) -> Selection:
     """Choose tokens among the rows of all data-parallel ranks; every rank calls this with its own rows.
 
+    Tokens on a device are copied to the host, which waits for it: what a rank sends depends on its candidates. Within
+    one rank :func:`spear_megatron.algorithms.covariance_device.select_on_device` does not wait.
+
     Args:
         rows: this rank's; copies on tensor, pipeline or context ranks must not be counted again.
         rule: how to choose.
@@ -104,35 +118,53 @@ def select_tokens(
         ValueError: a row's tensors differ in length, or two rows share their keys.
     """
     tokens = _Tokens.of(rows)
-    num_tokens, mean_advantage, mean_log_prob = _means(tokens, gather, implementation)
-    k = max(floor_share(rule.ratio, num_tokens), 1) if rule.ratio > 0 and num_tokens else 0
-    judge = CovJudge(mean_advantage, mean_log_prob)
+    means = _means(tokens, gather, implementation)
+    k = max(floor_share(rule.ratio, means.num_tokens), 1) if rule.ratio > 0 and means.num_tokens else 0
+    judge = CovJudge(means.advantage, means.log_prob)
     if isinstance(rule, ClipCovRule):
         lb, ub = rule.lb, rule.ub
         if rule.quantiles is not None:
-            lb, ub = _quantiles(covariances(tokens.values, mean_advantage, mean_log_prob), rule.quantiles, gather)
-        judge = CovJudge(mean_advantage, mean_log_prob, lb, ub, rule.clip_ratio_low, rule.clip_ratio_high)
-    # One more than can be chosen: it shows whether equal tokens stand at the border.
+            lb, ub = _quantiles(covariances(tokens.values, means.advantage, means.log_prob), rule.quantiles, gather)
+        judge = CovJudge(means.advantage, means.log_prob, lb, ub, rule.clip_ratio_low, rule.clip_ratio_high)
     by_covariance = isinstance(rule, KlCovRule)
+    chosen = None
+    if means.num_ranks == 1 and k > 0 and use_compiled(implementation):
+        chosen = _chosen_here(tokens, judge, k, by_covariance)
+    if chosen is None:
+        chosen = _chosen_anywhere(tokens, judge, k, by_covariance, gather, implementation)
+    return Selection(
+        masks=list(chosen.mask.split(tokens.lengths)) if rows else [],
+        num_tokens=means.num_tokens,
+        num_candidates=chosen.num_candidates,
+        num_selected=chosen.num_chosen,
+        num_near_bound=chosen.num_near_bound,
+        lb=judge.lb,
+        ub=judge.ub,
+        mean_advantage=means.advantage,
+        mean_log_prob=means.log_prob,
+    )
+
+
+def _chosen_here(tokens: _Tokens, judge: CovJudge, k: int, by_covariance: bool) -> Chosen | None:
+    """The choice where one rank has all tokens, in one call of the kernel; None where tokens tie at the border."""
+    found = cov_chosen(tokens.values, judge, k, by_covariance=by_covariance)
+    return found if found.num_chosen <= k else None
+
+
+def _chosen_anywhere(
+    tokens: _Tokens, judge: CovJudge, k: int, by_covariance: bool, gather: Gather, implementation: str
+) -> Chosen:
+    """This rank's part of the choice over all ranks, and their counts."""
+    # One more than can be chosen: it shows whether equal tokens stand at the border.
     found = cov_candidates(tokens.values, judge, k + 1, by_covariance=by_covariance, implementation=implementation)
     columns = tokens.columns(found.places)
     if by_covariance:
-        columns.insert(0, -(columns[3] - mean_advantage) * (columns[4] - mean_log_prob))
+        columns.insert(0, -(columns[3] - judge.mean_advantage) * (columns[4] - judge.mean_log_prob))
     chosen = np.zeros(len(tokens.values.keys), dtype=bool)
     chosen[found.places] = smallest_across(columns, k, gather)
-    own = [found.num_candidates, np.count_nonzero(chosen), found.num_near_bound]
-    counts = np.sum(gather(np.array(own)), axis=0).tolist()
-    return Selection(
-        masks=list(torch.from_numpy(chosen).split(tokens.lengths)) if rows else [],
-        num_tokens=num_tokens,
-        num_candidates=counts[0],
-        num_selected=counts[1],
-        num_near_bound=counts[2],
-        lb=judge.lb,
-        ub=judge.ub,
-        mean_advantage=mean_advantage,
-        mean_log_prob=mean_log_prob,
-    )
+    own = np.array([found.num_candidates, found.num_near_bound, np.count_nonzero(chosen)])
+    num_candidates, num_near_bound, num_chosen = np.sum(gather(own), axis=0).tolist()
+    return Chosen(num_candidates, num_near_bound, num_chosen, torch.from_numpy(chosen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +204,28 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).detach()
 
 
-def _means(tokens: _Tokens, gather: Gather, implementation: str) -> tuple[int, float, float]:
-    """(tokens, mean advantage, mean log-prob) over all ranks. Rows are added exactly: order has no effect."""
-    values = (tokens.values.advantages, tokens.values.log_probs)
-    own = [row_sums(column, tokens.lengths, implementation=implementation) for column in values]
-    sums = np.concatenate(gather(np.column_stack([np.array(tokens.lengths, dtype=np.float64), *own])))
-    count = int(sums[:, 0].sum())
+class _Means(NamedTuple):
+    """Of the tokens of all ranks; 0 without tokens, NaN where one is not finite."""
+
+    num_tokens: int
+    advantage: float
+    log_prob: float
+    num_ranks: int
+
+
+def _means(tokens: _Tokens, gather: Gather, implementation: str) -> _Means:
+    """Means over all ranks. Rows are added exactly: order has no effect."""
+    columns = (tokens.values.advantages, tokens.values.log_probs)
+    own = row_sums(columns, tokens.lengths, implementation=implementation)
+    parts = gather(np.vstack([tokens.lengths, own]))
+    sums = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    lengths, advantages, log_probs = sums.tolist()
+    count = int(sum(lengths))
     if count == 0:
-        return 0, 0.0, 0.0
+        return _Means(0, 0.0, 0.0, len(parts))
     if not np.isfinite(sums).all():  # a step that the trainer will skip: no covariance, no selection
-        return count, math.nan, math.nan
-    return count, math.fsum(sums[:, 1]) / count, math.fsum(sums[:, 2]) / count
+        return _Means(count, math.nan, math.nan, len(parts))
+    return _Means(count, math.fsum(advantages) / count, math.fsum(log_probs) / count, len(parts))
 
 
 def _quantiles(covariance: np.ndarray, quantiles: tuple[float, float], gather: Gather) -> tuple[float, float]:

@@ -12,10 +12,12 @@ from spear_megatron.model.shape import ModelShape
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rollout.sglang.colocation import SharedGpus
 from spear_megatron.rollout.sglang.command import ServerSpec
+from spear_megatron.rollout.sglang.fleet import restore_from_disk
 from spear_megatron.rollout.sglang.servers import RESERVED_TOKENS
 from spear_megatron.rollout.sglang.start import Servers, computes_on_cpu, open_servers
 from spear_megatron.trainer.offload import StateOffload
 from spear_megatron.trainer.optimizer import PolicyOptimizer
+from spear_megatron.weights.publisher import Published
 
 
 @contextlib.contextmanager
@@ -67,12 +69,12 @@ class Publishing:
 
     Attributes:
         servers: those of the run; the fleet of this rank learns which weights are out.
-        send: gives every server the weights of a version. Collective.
+        send: gives every server the weights of a version, and says which took them. Collective.
         gpus: the turns of trainer and servers, where they share GPUs.
     """
 
     servers: Servers
-    send: Callable[[int], None]
+    send: Callable[[int], Published | None]
     gpus: SharedGpus | None
 
     def publish(self, version: int) -> None:
@@ -84,9 +86,10 @@ class Publishing:
             if fleet is not None:
                 fleet.wait_reachable(fleet.longest_outage_s)
                 stack.enter_context(fleet.quiet())
-            self.send(version)
-            if fleet is not None:
-                fleet.took(version, self.servers.urls, {})
+            outcome = self.send(version)
+            if fleet is not None and outcome is not None:
+                restore = None if outcome.folder is None else restore_from_disk(outcome.folder, version)
+                fleet.took(version, outcome.fresh, outcome.stale, restore)
 
     def to_training(self) -> None:
         """Generation is over until the next publication."""

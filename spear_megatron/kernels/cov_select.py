@@ -6,6 +6,7 @@ Exact and the same bit for bit in both implementations, so that what is selected
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _LOG_RATIO_LIMIT = 20.0
 _NEAR = 1e-5
 _SUM_LANES = 16
+_SUM_BLOCK = 4096
 _WORD = (1 << 64) - 1
 
 
@@ -74,6 +76,51 @@ class Candidates(NamedTuple):
     places: NDArray[np.int64]
 
 
+class Chosen(NamedTuple):
+    """What :func:`cov_chosen` finds.
+
+    Attributes:
+        num_candidates, num_near_bound: as in :class:`Candidates`.
+        num_chosen: tokens of the mask: min(k, candidates), or more where some tie with the k-th.
+        mask: bool [T].
+    """
+
+    num_candidates: int
+    num_near_bound: int
+    num_chosen: int
+    mask: torch.Tensor
+
+
+def cov_chosen(
+    tokens: CovTokens, judge: CovJudge, k: int, *, by_covariance: bool = False, isa: str = "auto"
+) -> Chosen:
+    """The ``k`` candidates that come first, and all that tie with the last of them, by the compiled kernel.
+
+    For tokens that lie on one rank; arguments and errors as in :func:`cov_candidates`.
+    """
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
+    mask = torch.empty(len(tokens.keys), dtype=torch.bool)
+    num_candidates, num_near_bound, num_chosen = compiled_module().cov_choose(
+        log_probs=tokens.log_probs.ctypes.data,
+        old_log_probs=tokens.old_log_probs.ctypes.data,
+        advantages=tokens.advantages.ctypes.data,
+        keys=tokens.keys.ctypes.data,
+        tokens=len(tokens.keys),
+        mean_advantage=judge.mean_advantage,
+        mean_log_prob=judge.mean_log_prob,
+        bounds=(judge.lb, judge.ub),
+        near_bounds=(judge.lb - _NEAR, judge.lb + _NEAR, judge.ub - _NEAR, judge.ub + _NEAR),
+        clip_bounds=judge.log_bounds(),
+        by_covariance=by_covariance,
+        k=k,
+        chosen=mask.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+    return Chosen(num_candidates, num_near_bound, num_chosen, mask)
+
+
 def cov_candidates(
     tokens: CovTokens,
     judge: CovJudge,
@@ -97,29 +144,12 @@ def cov_candidates(
         ValueError: unknown implementation or ``k`` below 1.
         RunError: ``implementation="compiled"`` and the compiled kernels are missing.
     """
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1")
-    if not _use_compiled(implementation):
+    if not use_compiled(implementation):
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1")
         return _eager_candidates(tokens, judge, k, by_covariance)
-    places = np.empty(len(tokens.keys), dtype=np.int64)
-    count, near, kept = compiled_module().cov_select(
-        log_probs=tokens.log_probs.ctypes.data,
-        old_log_probs=tokens.old_log_probs.ctypes.data,
-        advantages=tokens.advantages.ctypes.data,
-        keys=tokens.keys.ctypes.data,
-        tokens=len(places),
-        mean_advantage=judge.mean_advantage,
-        mean_log_prob=judge.mean_log_prob,
-        bounds=(judge.lb, judge.ub),
-        near_bounds=(judge.lb - _NEAR, judge.lb + _NEAR, judge.ub - _NEAR, judge.ub + _NEAR),
-        clip_bounds=judge.log_bounds(),
-        by_covariance=by_covariance,
-        k=k,
-        places=places.ctypes.data,
-        threads=torch.get_num_threads(),
-        isa=isa,
-    )
-    return Candidates(count, near, places[:kept].copy())
+    found = cov_chosen(tokens, judge, k, by_covariance=by_covariance, isa=isa)
+    return Candidates(found.num_candidates, found.num_near_bound, np.flatnonzero(found.mask.numpy()))
 
 
 def covariances(tokens: CovTokens, mean_advantage: float, mean_log_prob: float) -> NDArray[np.float64]:
@@ -131,39 +161,51 @@ def covariances(tokens: CovTokens, mean_advantage: float, mean_log_prob: float) 
 
 
 def row_sums(
-    values: NDArray[np.float32], lengths: list[int], *, implementation: str = "auto", isa: str = "auto"
+    columns: Sequence[NDArray[np.float32]], lengths: list[int], *, implementation: str = "auto", isa: str = "auto"
 ) -> NDArray[np.float64]:
     """Sums in double of rows that lie back to back, each in an order given by its length alone: any layout agrees.
 
-    Value i of a row goes to sum i mod 16 of its 16, in order; these are then folded in halves.
+    In every block of 4096 values of a row, value i goes to sum i mod 16 of 16, in order; these are then folded in
+    halves, and the blocks are added in order.
 
     Args:
-        values: float32 [sum of lengths], contiguous.
+        columns: each float32 [sum of lengths], contiguous.
         lengths: of the rows.
         implementation, isa: see :func:`cov_candidates`.
 
     Returns:
-        float64 [rows].
+        float64 [columns, rows].
     """
-    sums = np.zeros(len(lengths), dtype=np.float64)
-    if _use_compiled(implementation):
+    sums = np.zeros((len(columns), len(lengths)), dtype=np.float64)
+    if use_compiled(implementation):
         sizes = np.array(lengths, dtype=np.int64)
         compiled_module().row_sums(
-            values=values.ctypes.data, lengths=sizes.ctypes.data, rows=len(sizes), sums=sums.ctypes.data, isa=isa
+            columns=[column.ctypes.data for column in columns],
+            lengths=sizes.ctypes.data,
+            rows=len(sizes),
+            sums=sums.ctypes.data,
+            threads=torch.get_num_threads(),
+            isa=isa,
         )
         return sums
-    start = 0
-    for row, length in enumerate(lengths):
-        padded = np.zeros(length + -length % _SUM_LANES, dtype=np.float64)
-        padded[:length] = values[start : start + length]
-        with np.errstate(invalid="ignore"):
-            # Along the first axis numpy adds one group of 16 after the other.
-            lanes = np.add.reduce(padded.reshape(-1, _SUM_LANES), axis=0, initial=0.0)
-            while len(lanes) > 1:
-                lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
-        sums[row] = lanes[0]
-        start += length
+    for column, values in enumerate(columns):
+        start = 0
+        for row, length in enumerate(lengths):
+            for first in range(start, start + length, _SUM_BLOCK):
+                sums[column, row] += _lane_sum(values[first : min(first + _SUM_BLOCK, start + length)])
+            start += length
     return sums
+
+
+def _lane_sum(values: NDArray[np.float32]) -> float:
+    padded = np.zeros(len(values) + -len(values) % _SUM_LANES, dtype=np.float64)
+    padded[: len(values)] = values
+    with np.errstate(invalid="ignore"):
+        # Along the first axis numpy adds one group of 16 after the other.
+        lanes = np.add.reduce(padded.reshape(-1, _SUM_LANES), axis=0, initial=0.0)
+        while len(lanes) > 1:
+            lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    return float(lanes[0])
 
 
 def token_keys(base: int, count: int, implementation: str = "auto") -> torch.Tensor:
@@ -177,7 +219,7 @@ def token_keys(base: int, count: int, implementation: str = "auto") -> torch.Ten
     Returns:
         int64 [count], distinct.
     """
-    if _use_compiled(implementation):
+    if use_compiled(implementation):
         keys = torch.empty(count, dtype=torch.int64)
         compiled_module().token_keys(base=base & _WORD, count=count, keys=keys.data_ptr())
         return keys
@@ -187,7 +229,8 @@ def token_keys(base: int, count: int, implementation: str = "auto") -> torch.Ten
     return torch.from_numpy((word ^ (word >> np.uint64(31))).view(np.int64))
 
 
-def _use_compiled(implementation: str) -> bool:
+def use_compiled(implementation: str) -> bool:
+    """Whether ``implementation`` means the compiled kernels here; arguments and errors as in :func:`cov_candidates`."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "eager":

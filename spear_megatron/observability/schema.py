@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from spear_megatron.observability.schema_mismatch import MISMATCH
 from spear_megatron.observability.schema_spear import SPEAR
 from spear_megatron.observability.schema_types import Metric, spread
 
@@ -106,6 +107,11 @@ _ENGINE = (
     Metric("engine/retries", "requests sent again after a server failed", "requests"),
     Metric("engine/moved_sessions", "conversations that went to another server than before", "trajectories"),
     Metric("engine/servers_down", "servers that do not answer, summed over the leaders that see it", "servers"),
+    Metric("weights/servers", "servers that took the weights of the step, checked", "servers"),
+    Metric("weights/stale_servers", "servers without them, from which nothing is sampled", "servers"),
+    Metric("weights/resends", "transfers after the first one, because weights arrived wrong", "transfers"),
+    Metric("weights/peak_gathered_mb", "most gathered weights alive on one rank so far", "MiB"),
+    Metric("weights/probe_difference", "largest log-prob difference of a fixed prompt, servers to trainer", "nats"),
     *(Metric(f"engine/{name}", f"{meaning}, all servers", unit) for name, meaning, unit in _FIGURES),
     *(Metric(f"engine_server/<server>/{name}", f"{meaning}, one server", unit) for name, meaning, unit in _FIGURES),
 )
@@ -135,7 +141,7 @@ _VALIDATION = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *_TIMING, *_PERF, *_ENGINE, *_SERVERS, *_VALIDATION,
+    *_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *MISMATCH, *_TIMING, *_PERF, *_ENGINE, *_SERVERS, *_VALIDATION,
 )  # fmt: skip
 
 

@@ -55,6 +55,43 @@ class ValKwargsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MismatchConfig:
+    """Bounds on the difference d between the trainer's and the engine's log-probs of sampled tokens, in nats.
+
+    Only tokens of the current weights count. Means of |d| to expect: 2e-7 with the embedded engine and an fp32 trainer,
+    3e-3 to 1e-2 with a bf16 trainer, about 1e-2 where bf16 engine and trainer use different kernels; wrong weights,
+    templates or temperatures give 0.1 and more. So the default of ``warn`` lies in between; to mask and to stop are
+    choices, because one bound does not fit every engine.
+
+    Attributes:
+        warn: warn in every step whose mean |d| is above it; null never does.
+        stop: stop the run at a step whose mean |d| is above it; null never does.
+        mask: trajectories whose mean, by ``mask_by``, is above it leave the loss like filtered ones; needs the pass for
+            old log-probs, also in steps of a single update. null masks none.
+        mask_by: what ``mask`` bounds: the mean of |d|, or the k3 estimate of KL(engine, trainer) per token.
+        token_bound: |d| from which on a token counts in the share mismatch/over_bound.
+        keep_batches: newest batches of mismatches, and newest of non-finite steps, that stay in the run directory.
+    """
+
+    warn: float | None = 0.05
+    stop: float | None = None
+    mask: float | None = None
+    mask_by: Literal["abs_diff", "k3"] = "abs_diff"
+    token_bound: float = 0.1
+    keep_batches: int = 5
+
+    def __post_init__(self) -> None:
+        prefix = f"{_PREFIX}.mismatch"
+        for name in ("warn", "stop", "mask", "token_bound"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{prefix}.{name} must be a positive number of nats, got {value}")
+        _require_positive(f"{prefix}.keep_batches", self.keep_batches)
+        if self.warn is not None and self.stop is not None and self.stop < self.warn:
+            raise ValueError(f"{prefix}.stop={self.stop} lies below warn={self.warn}: raise it, or lower warn")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How trajectories are sampled for training.
 
@@ -63,7 +100,7 @@ class RolloutConfig:
         n: trajectories per prompt.
         temperature: sampling temperature of training; the trainer's log-probs use it too.
         top_p, top_k: only off (1.0 and -1) in training, where the policy gradient is that of the whole distribution.
-        max_num_seqs: requests that one engine computes together.
+        max_num_seqs: requests that one embedded engine computes together, or that all leaders keep at one server.
         rollout_filter_ratio: share of a step's task groups that is trained on, chosen by the spread of their rewards.
         rollout_filter_type: std keeps the groups of largest standard deviation, std_rev those of smallest.
         max_model_len: tokens of prompt and response together; None takes data.max_prompt_length + max_response_length.
@@ -80,6 +117,7 @@ class RolloutConfig:
     rollout_filter_type: Literal["std", "std_rev"] = "std"
     multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
 
     def __post_init__(self) -> None:

@@ -57,7 +57,7 @@ class FakeSGLang:
         events: endpoints of control requests in order.
         peak: most requests at a time.
         healthy, health_delay_s, num_health_checks: the health check's answer, what it takes, and how often it came.
-        control_delay_s: what /get_server_info takes.
+        control_delay_s, arrival_delay_s: what /get_server_info takes, and a /generate until an abort can find it.
         dead: what killed the server, or None.
     """
 
@@ -78,6 +78,7 @@ class FakeSGLang:
         self.healthy = True
         self.health_delay_s = 0.0
         self.control_delay_s = 0.0
+        self.arrival_delay_s = 0.0
         self.num_health_checks = 0
         self.received: list[tuple[str, tuple[int, ...]]] = []
         self.answered: list[str] = []
@@ -147,9 +148,10 @@ class FakeSGLang:
         refusal = await self._refusal(request, rid, ids, params)
         if refusal is not None:
             return refusal
+        await asyncio.sleep(self.arrival_delay_s)
         fault = self.faults.pop(0) if self.faults else None
         if fault == "error_500":
-            return self._closing(web.Response(status=500, text="Internal Server Error"))
+            return _failure(request)
         if fault == "unavailable":
             return web.json_response({"detail": "The request queue is full."}, status=503)
         if fault == "drop_before":
@@ -167,7 +169,7 @@ class FakeSGLang:
     ) -> web.StreamResponse | None:
         """What the real server does with a request that it cannot serve: 400, 500, or death."""
         if set(params) - KNOWN_PARAMS:
-            return self._closing(web.Response(status=500, text="Internal Server Error"))
+            return _failure(request)
         total = len(ids) + params["max_new_tokens"]
         reason = None
         if not ids:
@@ -336,13 +338,15 @@ class FakeSGLang:
         asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.stop()))
         _break(request)
 
-    @staticmethod
-    def _closing(response: web.Response) -> web.Response:
-        response.force_close()
-        return response
-
     def _is_at_least(self, patch: int) -> bool:
         return int(self.version.split(".")[2]) >= patch
+
+
+def _failure(request: web.Request) -> web.Response:
+    """An answer of status 500, after which the connection closes without having said so."""
+    if request.transport is not None:
+        asyncio.get_running_loop().call_later(0.02, request.transport.abort)
+    return web.Response(status=500, text="Internal Server Error")
 
 
 def _break(request: web.Request) -> None:

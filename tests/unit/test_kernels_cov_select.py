@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def random_tokens(count: int, seed: int) -> CovTokens:
     return CovTokens(log_probs, old, advantages, token_keys(seed, count).numpy())
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 8191, 8192, 8193, 40_000])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 2047, 2048, 2049, 40_000])
 @pytest.mark.parametrize("k", [1, 5, 300, 50_000])
 @pytest.mark.parametrize("by_covariance", [False, True])
 def test_exactly_the_k_first_of_many(count: int, k: int, by_covariance: bool) -> None:
@@ -78,6 +79,23 @@ def test_exactly_the_k_first_of_many(count: int, k: int, by_covariance: bool) ->
         order = -(tokens.advantages[everything].astype(float) - 0.1) * (tokens.log_probs[everything] - -1.5)
     assert found.places.tolist() == sorted(everything[np.argsort(order, kind="stable")[:k]].tolist())
     assert len(found.places) == min(k, found.num_candidates) and found.num_candidates == len(everything)
+
+
+def beside_an_empty_rank(own: Any) -> list[Any]:
+    if isinstance(own, list):
+        return [own, [column[:0] for column in own]]
+    return [own, own[:, :0] if own.ndim == 2 else 0 * own]
+
+
+def test_one_rank_and_several_choose_alike() -> None:
+    """The kernel that chooses where one rank has all tokens, against the exchange between ranks."""
+    tokens = [torch.from_numpy(column) for column in random_tokens(5000, seed=8)]
+    rule = ClipCovRule(0.02, 0.05, 1.0, 0.2, 0.28)
+    for chosen_by in (rule, KlCovRule(0.02)):
+        alone = select_tokens([TokenSet(*tokens)], chosen_by)
+        beside = select_tokens([TokenSet(*tokens)], chosen_by, beside_an_empty_rank)
+        assert alone.num_selected == 100 and torch.equal(alone.masks[0], beside.masks[0])
+        assert alone.num_near_bound == beside.num_near_bound and alone.num_candidates == beside.num_candidates
 
 
 @pytest.mark.parametrize("low_bits", [1, 9, 10, 11, 20, 63])
@@ -113,19 +131,19 @@ def test_threads_do_not_matter() -> None:
 def test_row_sums_are_bitwise_the_same(lengths: list[int], seed: int) -> None:
     generator = np.random.default_rng(seed)
     values = (generator.standard_normal(sum(lengths)) * 10.0 ** generator.integers(-9, 9, sum(lengths))).astype("f4")
-    expected = row_sums(values, lengths, implementation="eager")
+    expected = row_sums([values, -values], lengths, implementation="eager")
     exact = [math.fsum(part.tolist()) for part in np.split(values, np.cumsum(lengths))[:-1]]
-    assert expected.tolist() == pytest.approx(exact, rel=1e-9, abs=1e-6)
+    assert expected[0].tolist() == pytest.approx(exact, rel=1e-9, abs=1e-6)
     for isa in SETS:
-        assert np.array_equal(row_sums(values, lengths, implementation="compiled", isa=isa), expected)
+        assert np.array_equal(row_sums([values, -values], lengths, implementation="compiled", isa=isa), expected)
 
 
 def test_row_sums_of_long_rows_and_of_nan() -> None:
     values = random_tokens(100_003, seed=2).advantages
-    sums = [row_sums(values, [3, 100_000], implementation=name) for name in ("compiled", "eager")]
+    sums = [row_sums([values], [3, 100_000], implementation=name) for name in ("compiled", "eager")]
     assert np.array_equal(*sums)
     values[5] = math.nan
-    assert np.isnan(row_sums(values, [3, 100_000])).tolist() == [False, True]
+    assert np.isnan(row_sums([values], [3, 100_000])[0]).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("base", [0, 1, 5, -3, 2**63, 2**64 - 2, 0x9E3779B97F4A7C15, 2**70 + 1])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from spear_megatron.rollout.sglang.launch_config import SGLangLaunchConfig
+from spear_megatron.rollout.sglang.weights_config import WeightsConfig
 
 _PREFIX = "actor_rollout_ref.rollout.sglang"
 _POSITIVE = ("request_timeout_s", "min_tokens_per_s", "health_interval_s", "health_timeout_s", "control_timeout_s")
@@ -45,6 +46,7 @@ class SGLangConfig:
     max_bucket_mb: int = 256
     colocated: bool = False
     launch: SGLangLaunchConfig = field(default_factory=SGLangLaunchConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
 
     def __post_init__(self) -> None:
         for name in ("servers", "router"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 
@@ -24,6 +26,8 @@ from spear_megatron.rollout.validate import check_request
 
 _FIRST_DELAY_S = 0.2
 _LONGEST_DELAY_S = 5.0
+_ABORT_TRIES = 4
+_ABORT_PATIENCE_S = 0.5
 
 
 @dataclass(slots=True)
@@ -33,6 +37,7 @@ class _Active:
     client: ServerClient | None = None
     rid: str = ""
     aborted: bool = False
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class SGLangEngine:
@@ -119,14 +124,24 @@ class SGLangEngine:
             return await self._complete(request, active)
         finally:
             del self._active[request.request_id]
+            active.over.set()
 
     async def abort(self, request_id: str) -> None:
-        """End a request, which then returns what it has with ``finish_reason`` abort; an unknown one is ignored."""
+        """End a request, which then returns what it has with ``finish_reason`` abort; an unknown one is ignored.
+
+        Returns when it ended, or soon after the server was told: a paused server ends it later.
+        """
         active = self._active.get(request_id)
-        if active is not None:
-            active.aborted = True
+        if active is None:
+            return
+        active.aborted = True
+        for _ in range(_ABORT_TRIES):  # one that overtakes its request on the way is lost
             if active.client is not None:
                 await active.client.abort(active.rid)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ABORT_PATIENCE_S):
+                    await active.over.wait()
+                return
 
     async def abort_all(self) -> None:
         """End every request of this engine; those of others at the same servers go on."""
@@ -168,10 +183,14 @@ class SGLangEngine:
                 control.close()
         self.note_version(version)
 
-    def note_version(self, version: int) -> None:
-        """Every server has the weights of ``version``, sent by somebody else; every token must say its version now."""
+    def note_version(self, version: int, stale: Mapping[str, str] = MappingProxyType({})) -> None:
+        """The servers have the weights of ``version``, sent by somebody else; every token must say its version now.
+
+        ``stale`` names by URL the servers without them, and why: they get no requests until they have them.
+        """
         self._version, self._broken = version, None
         self._pool.require_label(str(version))
+        self._pool.set_stale(stale)
 
     async def close(self) -> None:
         """End this engine's requests and connections; the servers go on. Closing twice is harmless."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang.client import ServerClient
@@ -30,10 +30,15 @@ class ServerPool:
         self._homes: OrderedDict[str, ServerClient] = OrderedDict()
         self._failures = dict.fromkeys(self.clients, 0)
         self._required_label: str | None = None
+        self._stale: dict[str, str] = {}
 
     def require_label(self, label: str) -> None:
         """From now on a server that was down comes back only with weights of this label."""
         self._required_label = label
+
+    def set_stale(self, reasons: Mapping[str, str]) -> None:
+        """Servers, by URL with the reason, that get nothing until they name the required label or this is called again."""
+        self._stale = dict(reasons)
 
     async def choose(self, session: str) -> ServerClient:
         """The server for the next request of ``session``.
@@ -47,12 +52,13 @@ class ServerPool:
         end = time.monotonic() + self._settings.request_timeout_s
         while (best := self._least_loaded()) is None:
             if time.monotonic() >= end:
-                reasons = "; ".join(f"{client.url}: {client.down_reason}" for client in self.clients)
+                whys = ((client.url, self._stale.get(client.url) or client.down_reason) for client in self.clients)
+                reasons = "; ".join(f"{url}: {why}" for url, why in whys)
                 limit = f"sglang.request_timeout_s={self._settings.request_timeout_s:g} s"
                 raise EngineError(f"no SGLang server came back within {limit} ({reasons})")
             await asyncio.sleep(_POLL_S)
         home = self._homes.get(session)
-        if home is None or home.is_down or (_is_full(home) and not _is_full(best)):
+        if home is None or not self._may_serve(home) or (_is_full(home) and not _is_full(best)):
             self.num_moved_sessions += home is not None
             home = self._homes[session] = best
         self._homes.move_to_end(session)
@@ -61,8 +67,11 @@ class ServerPool:
         return home
 
     def _least_loaded(self) -> ServerClient | None:
-        up = [client for client in self.clients if not client.is_down]
+        up = [client for client in self.clients if self._may_serve(client)]
         return min(up, key=lambda client: client.load, default=None)
+
+    def _may_serve(self, client: ServerClient) -> bool:
+        return not client.is_down and client.url not in self._stale
 
     async def suspect(self, client: ServerClient) -> None:
         """Check a server at once that failed to answer, and send nothing more to it if it does not answer again."""
@@ -82,6 +91,8 @@ class ServerPool:
             client.mark_down(f"{self._failures[client]} health checks in a row failed")
         elif healthy and client.is_down and await self._has_weights(client):
             client.mark_up()
+        if healthy and client.url in self._stale and await self._has_weights(client):
+            del self._stale[client.url]
 
     async def _has_weights(self, client: ServerClient) -> bool:
         """Whether a restarted server already has the weights that the others have."""

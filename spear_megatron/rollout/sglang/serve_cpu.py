@@ -48,7 +48,7 @@ def supply_missing_names() -> None:
 
 def _refusal(name: str) -> Callable[..., None]:
     def refuse(*_: Any, **__: Any) -> None:
-        raise NotImplementedError(f"sgl_kernel.{name} has no CPU build: speculative decoding needs a GPU")
+        raise RuntimeError(f"sgl_kernel.{name} has no CPU build: speculative decoding needs a GPU")
 
     return refuse
 
