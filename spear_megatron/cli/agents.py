@@ -93,7 +93,7 @@ def samplings(config: Config) -> tuple[SamplingParams, SamplingParams]:
 
 
 def open_environment(config: Config) -> tuple[EnvironmentFactory, Sandbox | WorkerPool | None]:
-    """The environment's factory, and what its episodes share: a sandbox if they run code, or the workers they live in."""
+    """The environment's factory, and what its episodes share: a sandbox if they run code, or their workers."""
     if config.env.workers.backend != "local":
         pool = open_workers(config.env)
         return pool.environment, pool

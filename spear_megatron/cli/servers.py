@@ -1,4 +1,4 @@
-"""SGLang servers of a run: started where none are named, told of new weights, sharing GPUs with the trainer if asked."""
+"""SGLang servers of a run: started where none are named, told of new weights, sharing the trainer's GPUs if asked."""
 
 from __future__ import annotations
 

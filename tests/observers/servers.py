@@ -167,7 +167,9 @@ def stubborn_end(config: Config, scratch: Path) -> Any:
     return time.monotonic() - ended[0] > 3.0
 
 
-def observer(body: Callable[..., Any], *values: str, given: tuple[str, ...] = (), options: tuple[str, ...] = ()) -> Observer:
+def observer(
+    body: Callable[..., Any], *values: str, given: tuple[str, ...] = (), options: tuple[str, ...] = ()
+) -> Observer:
     """An observer with started servers."""
     one, other = values
     return Observer(with_servers(body, *options), (one, other), (*_GIVEN, *given))

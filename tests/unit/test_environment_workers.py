@@ -50,7 +50,8 @@ def run(config: EnvironmentConfig, body: Callable[[WorkerPool], Awaitable[Any]])
         try:
             return await body(pool)
         finally:
-            processes = [psutil.Process(worker.pid) for worker in pool._workers if worker is not None and not worker.lost]
+            workers = [worker for worker in pool._workers if worker is not None and not worker.lost]
+            processes = [psutil.Process(worker.pid) for worker in workers]
             await pool.close()
             assert not any(process.is_running() for process in processes)
 

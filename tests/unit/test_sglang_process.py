@@ -90,7 +90,7 @@ time.sleep(600)
 
 
 def test_a_killed_trainer_leaves_no_server(tmp_path: Path) -> None:
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    path = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     code = TRAINER.format(path=path, folder=str(tmp_path))
     trainer = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     try:

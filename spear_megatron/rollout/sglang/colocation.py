@@ -1,8 +1,9 @@
 """Servers on the trainer's own GPUs: who holds the memory when. Generation and training take turns.
 
-After generation: cache flushed (a server that is not idle may die of the next request), cache and weights released, then
-the trainer's optimizer states come back. Before a publication: optimizer states to the host, weights of servers resumed,
-updated; then their caches. Every change of hands is agreed on by all ranks, so that nobody takes what is not given yet.
+After generation: cache flushed (a server that is not idle may die of the next request), cache and weights released,
+then the trainer's optimizer states come back. Before a publication: optimizer states to the host, weights of servers
+resumed, updated; then their caches. Every change of hands is agreed on by all ranks, so that nobody takes what is not
+given yet.
 """
 
 from __future__ import annotations

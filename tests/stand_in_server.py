@@ -1,8 +1,8 @@
 """python stand_in_server.py PORT JOURNAL [options]: answers like an SGLang server, in no time.
 
 Every request's path and body go to JOURNAL, a line of JSON each. ``--child`` starts a process in a session of its own
-and writes its id to FILE; ``--stubborn`` ignores the request to end. A POST to /hang makes the server answer nothing more, to /scheduler_hang only its scheduler,
-and to /refuse the path that its body names.
+and writes its id to FILE; ``--stubborn`` ignores the request to end. A POST to /hang makes
+the server answer nothing more, to /scheduler_hang only its scheduler, and to /refuse the path that its body names.
 """
 
 from __future__ import annotations
