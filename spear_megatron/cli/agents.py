@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from spear_megatron.config.schema import Config
 from spear_megatron.data.chat import ChatRenderer
@@ -22,12 +23,15 @@ from spear_megatron.parallel.agreement import agreed, gather_objects
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rewards.answers import canonical_answer
 from spear_megatron.rewards.registry import build_reward
+from spear_megatron.rollout.acceptance import FILE, AcceptanceLog, read_decisions
 from spear_megatron.rollout.agent_loop import EpisodeLimits
-from spear_megatron.rollout.collect import Collector, RunGroups, Tasks
+from spear_megatron.rollout.collect import Collector, Tasks
 from spear_megatron.rollout.embedded import EmbeddedEngine
 from spear_megatron.rollout.engine import Engine, SamplingParams
+from spear_megatron.rollout.oversampling import Drawing, Drawn, StoppableEngine, draw_groups
 from spear_megatron.rollout.prompt_lengths import check_prompt_lengths
 from spear_megatron.rollout.scheduler import EpisodeRunner, collect_groups
+from spear_megatron.rollout.work import SharedWork
 from spear_megatron.types import Group, Prompt, Trajectory
 
 
@@ -132,26 +136,53 @@ def open_agents(
     """
     leaders = [rank for rank, leads in enumerate(gather_objects(parallel, parallel.is_leader)) if leads]
     collector = functools.partial(
-        Collector, parallel, leaders=leaders, timeout_s=config.trainer.collect_timeout_s
+        Collector,
+        parallel,
+        leaders=leaders,
+        timeout_s=config.trainer.collect_timeout_s,
+        decisions=open_decisions(config, parallel),
     )
     with agreed(parallel, "start of the agents"):
-        agents = _leader_agents(config, renderer, shape, collector) if parallel.is_leader else Agents(collector(None))
+        leads = parallel.is_leader
+        agents = _leader_agents(config, parallel, renderer, shape, collector) if leads else Agents(collector(None))
     try:
         yield agents
     finally:
         agents.close()
 
 
+def open_decisions(config: Config, parallel: ParallelState) -> AcceptanceLog:
+    """What earlier processes of this run accepted into its steps, the same on every rank; rank 0 continues the file.
+
+    Raises:
+        ValueError: the file is damaged.
+        RunError: the same, on all of several ranks.
+    """
+    path = Path(config.trainer.default_local_dir) / FILE
+    known: list[dict[str, Any]] = []
+    with agreed(parallel, f"reading {FILE}"):
+        if parallel.rank == 0:
+            known = read_decisions(path)
+    known = gather_objects(parallel, known)[0]
+    with agreed(parallel, f"reading {FILE}"):
+        return AcceptanceLog(known, path if parallel.rank == 0 else None)
+
+
 def _leader_agents(
-    config: Config, renderer: ChatRenderer, shape: ModelShape, collector: Callable[[RunGroups], Collector]
+    config: Config,
+    parallel: ParallelState,
+    renderer: ChatRenderer,
+    shape: ModelShape,
+    collector: Callable[..., Collector],
 ) -> Agents:
     rollout = config.actor_rollout_ref.rollout
     reward = build_reward(config.reward)
     engine = EmbeddedEngine(shape, max_num_seqs=rollout.max_num_seqs, max_model_len=max_model_len(config))
     make_environment, sandbox = open_environment(config)  # last: it starts processes, which a failure would leave
+    max_concurrency = 2 * rollout.max_num_seqs
 
-    async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
-        runner = EpisodeRunner(
+    def runner(engine: Engine, tasks: Tasks) -> EpisodeRunner:
+        return EpisodeRunner(
             engine=engine,
             renderer=renderer,
             environment_factory=make_environment,
@@ -161,13 +192,33 @@ def _leader_agents(
             seed=config.trainer.seed,
             purpose=tasks.purpose,
         )
+
+    async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
         return await collect_groups(
             own,
-            run=runner,
+            run=runner(engine, tasks),
             step=tasks.step,
             num_samples=tasks.num_samples,
-            max_concurrency=2 * rollout.max_num_seqs,
+            max_concurrency=max_concurrency,
             deadline_s=config.trainer.collect_timeout_s,
         )
 
-    return Agents(collector(run_groups), engine, sandbox, reward)
+    async def run_drawn(tasks: Tasks, work: SharedWork) -> Drawn:
+        assert tasks.wanted is not None
+        stoppable = StoppableEngine(engine)
+        drawing = Drawing(
+            candidates=tasks.prompts,
+            step=tasks.step,
+            num_samples=tasks.num_samples,
+            wanted=tasks.wanted,
+            run=runner(stoppable, tasks),
+            stop=stoppable.stop,
+            num_sampled=stoppable.num_sampled,
+            owner=parallel.dp_rank,
+            num_owners=parallel.dp_size,
+            max_concurrency=max_concurrency,
+            deadline_s=config.trainer.collect_timeout_s,
+        )
+        return await draw_groups(drawing, work)
+
+    return Agents(collector(run_groups, run_drawn=run_drawn), engine, sandbox, reward)

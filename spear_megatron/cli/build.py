@@ -161,6 +161,7 @@ def step_settings(config: Config) -> StepSettings:
         replay_update=ref.actor.replay.update,
         old_log_prob=ref.actor.old_log_prob,
         needs_old_log_probs=reads_old_log_probs(config),
+        over_sampling=ref.rollout.over_sampling,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from spear_megatron.observability.schema_rollout import OVERSAMPLING
 from spear_megatron.observability.schema_spear import SPEAR
 from spear_megatron.observability.schema_types import Metric, spread
 
@@ -109,7 +110,7 @@ _VALIDATION = (
     Metric("env/<name>", "whatever a custom environment or reward reports, mean over trajectories", "any"),
 )
 
-METRICS: tuple[Metric, ...] = (*_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *_TIMING, *_PERF, *_VALIDATION)
+METRICS: tuple[Metric, ...] = (*_ACTOR, *_ROLLOUT, *OVERSAMPLING, *SPEAR, *_TRAINING, *_TIMING, *_PERF, *_VALIDATION)
 
 
 def _pattern(name: str) -> re.Pattern[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -61,4 +61,16 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Release what the engine holds; pending requests fail with EngineError."""
+        ...
+
+
+@runtime_checkable
+class AbortableEngine(Protocol):
+    """What an engine may offer besides: ending requests early without losing what they sampled."""
+
+    async def abort(self, request_ids: Collection[str]) -> None:
+        """End these requests where they are; unknown and finished ones are ignored.
+
+        Each pending ``generate`` call returns soon with ``finish_reason`` "abort" and the tokens sampled so far.
+        """
         ...

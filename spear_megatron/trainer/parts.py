@@ -67,6 +67,7 @@ class StepSettings:
     replay_update: Literal["joint", "separate"] = "joint"
     old_log_prob: Literal["trainer", "rollout"] = "trainer"
     needs_old_log_probs: bool = False
+    over_sampling: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

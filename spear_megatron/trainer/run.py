@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from spear_megatron.data.packing import row_key
 from spear_megatron.data.rows import group_rows, kl_penalties, masked_row, with_advantages
 from spear_megatron.parallel.agreement import gather_objects
 from spear_megatron.parallel.errors import RunError
+from spear_megatron.rollout.acceptance import acceptance_metrics
 from spear_megatron.rollout.collect import Collected, Tasks, merge
 from spear_megatron.trainer.deal import Deal, plan_deal
 from spear_megatron.trainer.frame import RunFrame
@@ -44,28 +46,38 @@ class Run(RunFrame):
         """
         wanted, limit = self.settings.prompts_per_step, self.algorithm.filter_groups.max_num_gen_batches
         self._metrics["training/policy_version"] = float(step - 1)
-        collected = self._collect_batch(step, wanted)
-        if not self.algorithm.filter_groups.enable:
-            return collected
+        collected = self._collect_batch(step, wanted, batch=0)
         batches = 1
-        while (missing := wanted - len(self._informative(step, collected.index))) > 0 and batches < limit:
-            collected = merge(collected, self._collect_batch(step, missing))
-            batches += 1
-        self._metrics["filter/gen_batches"] = float(batches)
+        if self.algorithm.filter_groups.enable:
+            while (missing := wanted - len(self._informative(step, collected.index))) > 0 and batches < limit:
+                collected = merge(collected, self._collect_batch(step, missing, batch=batches))
+                batches += 1
+            self._metrics["filter/gen_batches"] = float(batches)
+        self._metrics.update(acceptance_metrics(collected.acceptances, self.settings.sampling.max_new_tokens))
         return collected
 
-    def _collect_batch(self, step: int, count: int) -> Collected:
-        first = self.parts.prompts.position
-        prompts = self.parts.prompts.take(count)
-        return self.parts.collector.collect(
-            Tasks(
-                purpose="train",
-                step=step,
-                prompts=tuple(enumerate(prompts, first)),
-                num_samples=self.settings.samples_per_prompt,
-                sampling=self.settings.sampling,
-            )
+    def _collect_batch(self, step: int, count: int, batch: int) -> Collected:
+        collected = self.parts.collector.collect(self._tasks(step, count, batch))
+        self._give_back(collected)
+        return collected
+
+    def _tasks(self, step: int, count: int, batch: int) -> Tasks:
+        """The next prompts of the stream: as many as groups are wanted, or more with over-sampling."""
+        more = self.settings.over_sampling > 1
+        candidates = math.ceil(count * self.settings.over_sampling) if more else count
+        return Tasks(
+            purpose="train",
+            step=step,
+            prompts=tuple(self.parts.prompts.draw(candidates)),
+            num_samples=self.settings.samples_per_prompt,
+            sampling=self.settings.sampling,
+            wanted=count if more else None,
+            batch=batch,
         )
+
+    def _give_back(self, collected: Collected) -> None:
+        for acceptance in collected.acceptances:
+            self.parts.prompts.give_back(acceptance.dropped)
 
     def _informative(self, step: int, index: Sequence[IndexRow]) -> set[GroupId]:
         scores = self._score(step, index, ratio=1.0)

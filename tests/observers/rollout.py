@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from observers.core import Observer, Observers, refused
-from observers.scripted_run import NO_SANDBOX, episode, run_scripted
+from observers.scripted_run import NO_SANDBOX, episode, figure, run_scripted
 
 from spear_megatron.config.schema import Config
 
@@ -63,6 +63,7 @@ OBSERVERS: Observers = {
     f"{_ROLLOUT}.top_k": refused("-1", "20"),
     f"{_ROLLOUT}.max_num_seqs": Observer(engine_steps, ("8", "2"), NO_SANDBOX),
     f"{_ROLLOUT}.max_model_len": Observer(engine_steps, ("null", "64"), NO_SANDBOX),
+    f"{_ROLLOUT}.over_sampling": Observer(figure("oversampling/groups_unfinished"), ("1.0", "1.5")),
     f"{_ROLLOUT}.multi_turn.max_assistant_turns": Observer(tool_episode, ("3", "2"), _LONG),
     f"{_ROLLOUT}.multi_turn.max_tool_response_length": Observer(tool_episode, ("256", "24"), _LONG),
     f"{_ROLLOUT}.val_kwargs.n": Observer(val_tasks, ("1", "2"), _VALIDATES),

@@ -75,7 +75,9 @@ def trajectory(prompt: Prompt, task: TrajectoryId) -> Trajectory:
 
 def scripted_collector(journal: ScriptedRun, parallel: Any) -> Any:
     """The real collector over rollouts that give the same trajectories for the same ids."""
+    from spear_megatron.rollout.acceptance import GroupRecord
     from spear_megatron.rollout.collect import Collector
+    from spear_megatron.rollout.oversampling import Drawn
 
     async def run_groups(tasks: Any, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
         (journal.tasks if tasks.purpose == "train" else journal.evaluations).append(tasks)
@@ -85,7 +87,15 @@ def scripted_collector(journal: ScriptedRun, parallel: Any) -> Any:
             for index, prompt in own
         ]
 
-    return Collector(parallel, run_groups, leaders=[0], timeout_s=60.0)
+    async def run_drawn(tasks: Any, work: Any) -> Drawn:
+        """The first groups that are drawn are complete, one more is not."""
+        own = [tasks.prompts[work.draw()] for _ in range(tasks.wanted)]
+        groups = await run_groups(tasks, own)
+        records = [GroupRecord(index, 0, True, False, ((4, True),)) for index, _ in own]
+        records.append(GroupRecord(tasks.prompts[work.draw()][0], 0, False, False, ((9, False),)))
+        return Drawn({group.id[1]: group for group in groups}, records)
+
+    return Collector(parallel, run_groups, leaders=[0], timeout_s=60.0, run_drawn=run_drawn)
 
 
 @contextlib.contextmanager

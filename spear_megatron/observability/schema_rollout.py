@@ -1,0 +1,25 @@
+"""Metrics of over-sampled and asynchronous rollouts."""
+
+from __future__ import annotations
+
+from spear_megatron.observability.schema_types import Metric
+
+OVERSAMPLING = (
+    Metric("oversampling/groups_started", "task groups that were started for the step", "groups"),
+    Metric("oversampling/groups_complete", "task groups that were complete when the leaders stopped", "groups"),
+    Metric("oversampling/groups_unfinished", "started groups that were stopped before their end", "groups"),
+    Metric("oversampling/groups_surplus", "complete groups that the step did not need", "groups"),
+    Metric("oversampling/prompts_returned", "prompts that come first in the next step, unstarted ones too", "prompts"),
+    Metric("oversampling/tokens_dropped", "sampled tokens of the step that belong to no accepted group", "fraction"),
+    Metric(
+        "oversampling/response_length_started",
+        "sampled tokens per started trajectory, stopped ones as far as they got: stopping early favours short ones",
+        "tokens",
+    ),
+    Metric("oversampling/response_length_accepted", "sampled tokens per accepted trajectory", "tokens"),
+    Metric(
+        "oversampling/finished_share/<quarter>",
+        "started trajectories that ended, among those of this quarter (q1 to q4) of the response budget",
+        "fraction",
+    ),
+)
