@@ -27,7 +27,7 @@ from spear_megatron.rollout.acceptance import FILE, AcceptanceLog, read_decision
 from spear_megatron.rollout.agent_loop import EpisodeLimits
 from spear_megatron.rollout.collect import Collector, Tasks
 from spear_megatron.rollout.embedded import EmbeddedEngine
-from spear_megatron.rollout.engine import Engine, SamplingParams
+from spear_megatron.rollout.engine import Engine, SamplingParams, is_colocated
 from spear_megatron.rollout.oversampling import Drawing, Drawn, StoppableEngine, draw_groups
 from spear_megatron.rollout.prompt_lengths import check_prompt_lengths
 from spear_megatron.rollout.scheduler import EpisodeRunner, collect_groups
@@ -141,6 +141,7 @@ def open_agents(
         leaders=leaders,
         timeout_s=config.trainer.collect_timeout_s,
         decisions=open_decisions(config, parallel),
+        background=config.trainer.async_ > 0,
     )
     with agreed(parallel, "start of the agents"):
         leads = parallel.is_leader
@@ -168,6 +169,16 @@ def open_decisions(config: Config, parallel: ParallelState) -> AcceptanceLog:
         return AcceptanceLog(known, path if parallel.rank == 0 else None)
 
 
+def check_engine_for(config: Config, engine: Engine) -> None:
+    """Refuse what this engine cannot do. Raises ValueError."""
+    if config.trainer.async_ and is_colocated(engine):
+        raise ValueError(
+            f"trainer.async={config.trainer.async_} samples while the trainer updates, but the engine "
+            f"actor_rollout_ref.rollout.name={config.actor_rollout_ref.rollout.name} has no copy of the weights of its "
+            "own: set trainer.async=0 or take another engine"
+        )
+
+
 def _leader_agents(
     config: Config,
     parallel: ParallelState,
@@ -178,6 +189,7 @@ def _leader_agents(
     rollout = config.actor_rollout_ref.rollout
     reward = build_reward(config.reward)
     engine = EmbeddedEngine(shape, max_num_seqs=rollout.max_num_seqs, max_model_len=max_model_len(config))
+    check_engine_for(config, engine)
     make_environment, sandbox = open_environment(config)  # last: it starts processes, which a failure would leave
     max_concurrency = 2 * rollout.max_num_seqs
 

@@ -81,7 +81,8 @@ def fingerprint(config: Config) -> str:
     """Names what decides the course of training; run length, folders and layout are left out."""
     ignored = ("trainer.", "sft.", "actor_rollout_ref.actor.megatron.", "actor_rollout_ref.model.path")
     items = [f"{key}={value!r}" for key, value in flatten(config).items() if not key.startswith(ignored)]
-    return hashlib.sha256("\n".join([*items, f"seed={config.trainer.seed}"]).encode()).hexdigest()[:16]
+    decisive = [f"seed={config.trainer.seed}", *(["async=1"] if config.trainer.async_ else [])]
+    return hashlib.sha256("\n".join([*items, *decisive]).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

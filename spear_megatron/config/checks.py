@@ -39,6 +39,9 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     check_group_size(algorithm.adv_estimator, rollout.n)
     check_group_filters(algorithm.filter_groups.enable, rollout.rollout_filter_ratio, rollout.n)
     check_old_log_prob(actor.old_log_prob, algorithm.rollout_correction.mode, algorithm.use_kl_in_reward)
+    if config.trainer.async_:
+        loss_mode = actor.policy_loss.mode(replayed=False)
+        check_off_policy("trainer.async=1", algorithm.rollout_correction.mode, actor.old_log_prob, loss_mode)
     check_denominator(actor.sum_norm_denominator, actor.loss_agg_mode)
     check_trigger(config)
     check_train_sampling(rollout.top_p, rollout.top_k)
@@ -170,6 +173,25 @@ def check_old_log_prob(old_log_prob: str, correction: str, kl_in_reward: bool) -
         raise ValueError(
             f"algorithm.use_kl_in_reward=true compares the trainer's log-probs with the reference, but {key}=rollout "
             f"skips their pass: set {key}=trainer, or take {_ACTOR}.use_kl_loss instead"
+        )
+
+
+def check_off_policy(cause: str, correction: str, old_log_prob: str, loss_mode: str) -> None:
+    """Trajectories of older weights need something that corrects for it. Raises ValueError.
+
+    The importance weights of a correction do, and so does the clipped ratio to the engine's own log-probs, which the
+    loss ``gpg`` has not.
+
+    Args:
+        cause: the setting that makes trajectories older than the weights, as ``key=value``.
+        correction: ``algorithm.rollout_correction.mode``.
+        old_log_prob: ``actor.old_log_prob``. loss_mode: of trajectories that are not replayed.
+    """
+    if correction == "none" and (old_log_prob != "rollout" or loss_mode == "gpg"):
+        ratio = "" if loss_mode == "gpg" else f", or {_ACTOR}.old_log_prob=rollout"
+        raise ValueError(
+            f"{cause} trains on trajectories of older weights, and nothing corrects for it: set "
+            f"algorithm.rollout_correction.mode to tis, icepop or sequence_mask{ratio}"
         )
 
 

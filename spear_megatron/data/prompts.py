@@ -83,7 +83,11 @@ class PromptSource:
         back, self._returned = self._returned[:count], self._returned[count:]
         first = self.position
         self._order.take(count - len(back))
-        return [(index, self.prompts[self._order.at(index)]) for index in [*back, *range(first, self.position)]]
+        return [(index, self.at(index)) for index in [*back, *range(first, self.position)]]
+
+    def at(self, index: int) -> Prompt:
+        """The prompt of a stream index."""
+        return self.prompts[self._order.at(index)]
 
     def give_back(self, indices: Iterable[int]) -> None:
         """Put drawn stream indices at the front of the queue.

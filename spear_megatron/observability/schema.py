@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from spear_megatron.observability.schema_rollout import OVERSAMPLING
+from spear_megatron.observability.schema_rollout import ASYNC, OVERSAMPLING
 from spear_megatron.observability.schema_spear import SPEAR
 from spear_megatron.observability.schema_types import Metric, spread
 
@@ -69,7 +69,7 @@ _TRAINING = (
 )
 
 _TIMING = (
-    Metric("timing_s/gen", "rollouts, tools and rewards included", "s"),
+    Metric("timing_s/gen", "rollouts, tools and rewards included; with trainer.async=1 the wait for them", "s"),
     Metric("timing_s/old_log_prob", "trainer log-probs before the update", "s"),
     Metric("timing_s/ref", "reference log-probs", "s"),
     Metric("timing_s/adv", "advantages", "s"),
@@ -110,7 +110,9 @@ _VALIDATION = (
     Metric("env/<name>", "whatever a custom environment or reward reports, mean over trajectories", "any"),
 )
 
-METRICS: tuple[Metric, ...] = (*_ACTOR, *_ROLLOUT, *OVERSAMPLING, *SPEAR, *_TRAINING, *_TIMING, *_PERF, *_VALIDATION)
+METRICS: tuple[Metric, ...] = (
+    *_ACTOR, *_ROLLOUT, *OVERSAMPLING, *ASYNC, *SPEAR, *_TRAINING, *_TIMING, *_PERF, *_VALIDATION,
+)  # fmt: skip
 
 
 def _pattern(name: str) -> re.Pattern[str]:

@@ -23,3 +23,10 @@ OVERSAMPLING = (
         "fraction",
     ),
 )
+
+ASYNC = (
+    Metric("staleness/mean", "updates between the weights that sampled a token and those that train on it", "steps"),
+    Metric("staleness/max", "the same, of the oldest token of the step", "steps"),
+    Metric("staleness/mixed_trajectories", "trajectories whose tokens come from several versions", "fraction"),
+    Metric("async/gen_s", "rollouts of this step, which went on while the step before trained", "s"),
+)

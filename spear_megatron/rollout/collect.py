@@ -149,7 +149,11 @@ class Collector:
         self._begun = (plan, future)
 
     def end(self) -> Collected:
-        """Wait for the collection that was begun; collective. Raises as :meth:`collect`, and RuntimeError without any.
+        """Wait for the collection that was begun; collective.
+
+        Raises:
+            RuntimeError: none was begun.
+            RunError, RunTimeout: as :meth:`collect`.
         """
         if self._begun is None:
             raise RuntimeError("no collection was begun")

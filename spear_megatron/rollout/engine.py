@@ -49,7 +49,11 @@ class EngineError(RuntimeError):
 
 @runtime_checkable
 class Engine(Protocol):
-    """What the agent loop and the weight publisher need of an engine. Calls come from one asyncio loop."""
+    """What the agent loop and the weight publisher need of an engine. Calls come from one asyncio loop.
+
+    ``update_weights`` is called by the main thread while no request is pending. An engine that samples with the
+    trainer's own tensors has an attribute ``colocated`` that is True (see :func:`is_colocated`).
+    """
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Complete one request. Raises ValueError for a request it can never serve, EngineError when it failed."""
@@ -74,3 +78,8 @@ class AbortableEngine(Protocol):
         Each pending ``generate`` call returns soon with ``finish_reason`` "abort" and the tokens sampled so far.
         """
         ...
+
+
+def is_colocated(engine: Engine) -> bool:
+    """Whether the engine has no copy of the weights of its own, so that it cannot sample while the trainer updates."""
+    return bool(getattr(engine, "colocated", False))

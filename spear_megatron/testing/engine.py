@@ -28,8 +28,8 @@ def check_engine(
     """Check the engine that ``factory`` makes, its weights loaded, on prompts around ``prompt_ids``.
 
     Checked: lengths, vocabulary, log-probs at most 0, finish reasons; token limits and stop tokens; that requests which
-    can never be served are ValueErrors; that a request without noise (temperature 0) does not depend on its key; that an
-    engine which can abort ends a request where it is; and that after ``close`` requests fail with EngineError. With
+    can never be served are ValueErrors; that a request without noise (temperature 0) does not depend on its key; that
+    an engine which can abort ends a request where it is; and that after ``close`` requests fail with EngineError. With
     ``exact`` also that equal requests give bit-equal results, alone and among others. Every call has ``deadline_s``
     seconds.
 

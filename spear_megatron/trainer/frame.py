@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from spear_megatron.algorithms.config import AlgorithmConfig
 from spear_megatron.data.files import FileEntry
@@ -40,6 +42,7 @@ class RunFrame:
         self._used: list[Mapping[TrajectoryId, tuple[int, float]]] = []
         self._notes: list[str] = []
         self._step = 0
+        self._published = 0
 
     def begin(self) -> None:
         """Give the engine the current weights; before the first step, evaluate once."""
@@ -70,6 +73,7 @@ class RunFrame:
     def publish(self, version: int) -> None:
         """Give the engine the current weights; tokens sampled from now on carry ``version``."""
         self.parts.publish_weights(version)
+        self._published = version
 
     def evaluate_if_due(self, step: int) -> None:
         """Measure held-out success every ``trainer.test_freq`` steps and after the last one."""
@@ -138,11 +142,20 @@ class RunFrame:
         optimizer = self.parts.actor.optimizer
         states = {"progress": vars(self.progress).copy(), "prompt_source": self.parts.prompts.state_dict()}
         external: Sequence[FileEntry] = ()
+        states |= self._rollout_states()
         if self.parts.imitation is not None:
             states["replay"], external = self.parts.imitation.snapshot()
         self.parts.checkpoints.save(
             step, self.parts.actor.chunks, optimizer.megatron, optimizer.scheduler, states, external=external
         )
+
+    @abstractmethod
+    def _rollout_states(self) -> dict[str, Any]:
+        """States of rollouts that a checkpoint has to hold; collective."""
+
+    @abstractmethod
+    def _restore_rollouts(self, states: Mapping[str, Any]) -> None:
+        """Take up what :meth:`_rollout_states` gave; collective."""
 
     def restore(self) -> int | None:
         """Continue from the newest good checkpoint; returns its step, or None without any.
@@ -165,6 +178,7 @@ class RunFrame:
         actor.optimizer.follow_configuration()
         self.progress = Progress(**loaded.states["progress"])
         self.parts.prompts.load_state_dict(loaded.states["prompt_source"])
+        self._restore_rollouts(loaded.states)
         if self.parts.imitation is not None and "replay" not in loaded.states:
             self._notes.append(f"the checkpoint of step {loaded.step} has no replay buffer: it starts empty")
         elif self.parts.imitation is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,20 +15,19 @@ from spear_megatron.data.packing import row_key
 from spear_megatron.data.rows import group_rows, kl_penalties, masked_row, with_advantages
 from spear_megatron.parallel.agreement import gather_objects
 from spear_megatron.parallel.errors import RunError
-from spear_megatron.rollout.acceptance import acceptance_metrics
-from spear_megatron.rollout.collect import Collected, Tasks, merge
+from spear_megatron.rollout.collect import Collected
 from spear_megatron.trainer.deal import Deal, plan_deal
-from spear_megatron.trainer.frame import RunFrame
 from spear_megatron.trainer.imitation import NOTHING_REPLAYED, Replayed
 from spear_megatron.trainer.metrics import filter_metrics
 from spear_megatron.trainer.objective import ReplayTerm, UpdateKey
 from spear_megatron.trainer.parts import MiniBatch
+from spear_megatron.trainer.rollouts import RunRollouts
 from spear_megatron.trainer.scoring import GroupId, Scores, estimate, score
 from spear_megatron.types import Row, TrajectoryId
 
 
 @dataclass
-class Run(RunFrame):
+class Run(RunRollouts):
     """The phases of a step. Every method is called by all ranks in the same order."""
 
     def __post_init__(self) -> None:
@@ -38,48 +36,8 @@ class Run(RunFrame):
         self._replayed = NOTHING_REPLAYED
         self._replay_rows: list[Row] = []
 
-    def collect(self, step: int) -> Collected:
-        """This step's task groups, rolled out by the current policy.
-
-        With ``algorithm.filter_groups`` (dynamic sampling) prompts are drawn until enough groups have rewards that
-        differ, or the allowed number of batches is spent. The others are kept for figures and statistics.
-        """
-        wanted, limit = self.settings.prompts_per_step, self.algorithm.filter_groups.max_num_gen_batches
-        self._metrics["training/policy_version"] = float(step - 1)
-        collected = self._collect_batch(step, wanted, batch=0)
-        batches = 1
-        if self.algorithm.filter_groups.enable:
-            while (missing := wanted - len(self._informative(step, collected.index))) > 0 and batches < limit:
-                collected = merge(collected, self._collect_batch(step, missing, batch=batches))
-                batches += 1
-            self._metrics["filter/gen_batches"] = float(batches)
-        self._metrics.update(acceptance_metrics(collected.acceptances, self.settings.sampling.max_new_tokens))
-        return collected
-
-    def _collect_batch(self, step: int, count: int, batch: int) -> Collected:
-        collected = self.parts.collector.collect(self._tasks(step, count, batch))
-        self._give_back(collected)
-        return collected
-
-    def _tasks(self, step: int, count: int, batch: int) -> Tasks:
-        """The next prompts of the stream: as many as groups are wanted, or more with over-sampling."""
-        more = self.settings.over_sampling > 1
-        candidates = math.ceil(count * self.settings.over_sampling) if more else count
-        return Tasks(
-            purpose="train",
-            step=step,
-            prompts=tuple(self.parts.prompts.draw(candidates)),
-            num_samples=self.settings.samples_per_prompt,
-            sampling=self.settings.sampling,
-            wanted=count if more else None,
-            batch=batch,
-        )
-
-    def _give_back(self, collected: Collected) -> None:
-        for acceptance in collected.acceptances:
-            self.parts.prompts.give_back(acceptance.dropped)
-
     def _informative(self, step: int, index: Sequence[IndexRow]) -> set[GroupId]:
+        """Groups whose rewards differ."""
         scores = self._score(step, index, ratio=1.0)
         return informative_groups(group_spread({key: scores.rewards[key] for key in scores.counted}))
 

@@ -73,7 +73,7 @@ def trajectory(prompt: Prompt, task: TrajectoryId) -> Trajectory:
     )
 
 
-def scripted_collector(journal: ScriptedRun, parallel: Any) -> Any:
+def scripted_collector(journal: ScriptedRun, parallel: Any, background: bool = False) -> Any:
     """The real collector over rollouts that give the same trajectories for the same ids."""
     from spear_megatron.rollout.acceptance import GroupRecord
     from spear_megatron.rollout.collect import Collector
@@ -95,7 +95,7 @@ def scripted_collector(journal: ScriptedRun, parallel: Any) -> Any:
         records.append(GroupRecord(tasks.prompts[work.draw()][0], 0, False, False, ((9, False),)))
         return Drawn({group.id[1]: group for group in groups}, records)
 
-    return Collector(parallel, run_groups, leaders=[0], timeout_s=60.0, run_drawn=run_drawn)
+    return Collector(parallel, run_groups, leaders=[0], timeout_s=60.0, run_drawn=run_drawn, background=background)
 
 
 @contextlib.contextmanager
@@ -115,7 +115,7 @@ def scripted(config: Config, journal: ScriptedRun) -> Iterator[Any]:
             return update(rows, **options)
 
         run.parts.actor.update = noted
-        collector = scripted_collector(journal, run.parts.parallel)
+        collector = scripted_collector(journal, run.parts.parallel, config.trainer.async_ > 0)
         run.parts = replace(run.parts, collector=collector, publish_weights=lambda version: None)
         yield run
         collector.close()

@@ -15,6 +15,7 @@ from spear_megatron.config.checks import (
     check_group_size,
     check_kl,
     check_lengths,
+    check_off_policy,
     check_old_log_prob,
     check_token_budget,
     check_train_sampling,
@@ -210,3 +211,18 @@ def test_replay_without_weight_is_a_warning() -> None:
     overrides = [f"{ACTOR}.enable_trajectory_replay=true", f"{ACTOR}.replay_loss_coef=0"]
     (text,) = config_warnings(load(Config, None, overrides))
     assert "replay_loss_coef=0" in text
+
+
+@pytest.mark.parametrize("mode", ["tis", "icepop", "sequence_mask"])
+def test_trajectories_of_older_weights_need_a_correction(mode: str) -> None:
+    check_off_policy("trainer.async=1", mode, "trainer", "vanilla")
+    check_off_policy("trainer.async=1", mode, "trainer", "gpg")
+    check_off_policy("trainer.async=1", "none", "rollout", "vanilla")
+    with pytest.raises(ValueError, match="trainer.async=1 trains on .*rollout_correction.mode .*old_log_prob=rollout"):
+        check_off_policy("trainer.async=1", "none", "trainer", "vanilla")
+    with pytest.raises(ValueError, match="sequence_mask$"):
+        check_off_policy("trainer.async=1", "none", "rollout", "gpg")
+    given = ["trainer.async=1", "data.train_batch_size=64"]
+    with pytest.raises(ValueError, match="trainer.async=1"):
+        check_config(load(Config, None, given), SHAPE, 1)
+    check_config(load(Config, None, [*given, f"algorithm.rollout_correction.mode={mode}"]), SHAPE, 1)
