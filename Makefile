@@ -43,6 +43,7 @@ bench: setup  ## every benchmark of the README, one after the other
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_policy_loss.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_sandbox.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_replay.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_async.py
 
 study: setup  ## comparison of the methods over seeds: tuned, run, reported in docs/study.md (hours)
 	$(BIN)/python tools/study.py --tune
