@@ -77,7 +77,8 @@ def make_model(folder: Path) -> str:
     from spear_megatron.data.tiny import make_tiny_model
 
     model = make_tiny_model(folder / "model", seed=0)
-    code = main(["sft", f"actor_rollout_ref.model.path={model}", f"sft.default_local_dir={folder / 'sft'}", *COLD_START])
+    paths = [f"actor_rollout_ref.model.path={model}", f"sft.default_local_dir={folder / 'sft'}"]
+    code = main(["sft", *paths, *COLD_START])
     assert code == 0
     return str(folder / "sft" / "hf")
 

@@ -28,10 +28,9 @@ from spear_megatron.rollout.agent_loop import EpisodeLimits
 from spear_megatron.rollout.collect import Collector, Tasks
 from spear_megatron.rollout.embedded import EmbeddedEngine
 from spear_megatron.rollout.engine import Engine, SamplingParams, is_colocated
-from spear_megatron.rollout.oversampling import Drawing, Drawn, StoppableEngine, draw_groups
+from spear_megatron.rollout.oversampling import Drawing, Drawn, Portion, StoppableEngine, draw_groups
 from spear_megatron.rollout.prompt_lengths import check_prompt_lengths
 from spear_megatron.rollout.scheduler import EpisodeRunner, collect_groups
-from spear_megatron.rollout.work import SharedWork
 from spear_megatron.types import Group, Prompt, Trajectory
 
 
@@ -215,22 +214,19 @@ def _leader_agents(
             deadline_s=config.trainer.collect_timeout_s,
         )
 
-    async def run_drawn(tasks: Tasks, work: SharedWork) -> Drawn:
-        assert tasks.wanted is not None
+    async def run_drawn(tasks: Tasks, portion: Portion) -> Drawn:
         stoppable = StoppableEngine(engine)
         drawing = Drawing(
-            candidates=tasks.prompts,
             step=tasks.step,
             num_samples=tasks.num_samples,
-            wanted=tasks.wanted,
             run=runner(stoppable, tasks),
             stop=stoppable.stop,
-            num_sampled=stoppable.num_sampled,
             owner=parallel.dp_rank,
             num_owners=parallel.dp_size,
             max_concurrency=max_concurrency,
             deadline_s=config.trainer.collect_timeout_s,
+            max_age=rollout.partial_rollout_max_age if rollout.partial_rollout else 0,
         )
-        return await draw_groups(drawing, work)
+        return await draw_groups(drawing, portion)
 
     return Agents(collector(run_groups, run_drawn=run_drawn), engine, sandbox, reward)

@@ -163,6 +163,7 @@ def step_settings(config: Config) -> StepSettings:
         old_log_prob=ref.actor.old_log_prob,
         needs_old_log_probs=reads_old_log_probs(config),
         over_sampling=ref.rollout.over_sampling,
+        partial_rollout=ref.rollout.partial_rollout,
     )
 
 

@@ -39,9 +39,10 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     check_group_size(algorithm.adv_estimator, rollout.n)
     check_group_filters(algorithm.filter_groups.enable, rollout.rollout_filter_ratio, rollout.n)
     check_old_log_prob(actor.old_log_prob, algorithm.rollout_correction.mode, algorithm.use_kl_in_reward)
-    if config.trainer.async_:
+    causes = {"trainer.async=1": config.trainer.async_, f"{_ROLLOUT}.partial_rollout=true": rollout.partial_rollout}
+    for cause in (cause for cause, given in causes.items() if given):
         loss_mode = actor.policy_loss.mode(replayed=False)
-        check_off_policy("trainer.async=1", algorithm.rollout_correction.mode, actor.old_log_prob, loss_mode)
+        check_off_policy(cause, algorithm.rollout_correction.mode, actor.old_log_prob, loss_mode)
     check_denominator(actor.sum_norm_denominator, actor.loss_agg_mode)
     check_trigger(config)
     check_train_sampling(rollout.top_p, rollout.top_k)

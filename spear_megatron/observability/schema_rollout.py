@@ -22,6 +22,11 @@ OVERSAMPLING = (
         "started trajectories that ended, among those of this quarter (q1 to q4) of the response budget",
         "fraction",
     ),
+    Metric("partial/groups_held", "stopped or surplus groups that go on in a later step with what they have", "groups"),
+    Metric("partial/groups_expired", "such groups that start anew: they were carried over often enough", "groups"),
+    Metric("partial/episodes_resumed", "episodes that went on from where an earlier step stopped them", "episodes"),
+    Metric("partial/episodes_restarted", "episodes whose tokens were thrown away: they start again", "episodes"),
+    Metric("partial/tokens_carried", "sampled tokens of accepted groups that come from earlier steps", "fraction"),
 )
 
 ASYNC = (

@@ -6,14 +6,13 @@ was started, and the share of episodes that ended is reported by length.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from spear_megatron.data.jsonl import read_jsonl
 
 FILE = "acceptance.jsonl"
 NUM_BUCKETS = 4
@@ -30,6 +29,11 @@ class GroupRecord:
         complete: every episode ended.
         failed: it did, but infrastructure failed in all of them.
         episodes: (tokens sampled so far, whether it ended) by sample.
+        born: step whose number its ids carry; None for the collection's own.
+        held: if it is not accepted, its leader keeps it for a later step.
+        resumed: episodes stopped in an earlier step that went on.
+        lost: if it is not accepted, episodes whose tokens are thrown away: they start again.
+        carried: sampled tokens that it brought along from earlier steps.
     """
 
     task: int
@@ -37,6 +41,11 @@ class GroupRecord:
     complete: bool
     failed: bool
     episodes: tuple[tuple[int, bool], ...]
+    born: int | None = None
+    held: bool = False
+    resumed: int = 0
+    lost: int = 0
+    carried: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,17 @@ class Acceptance:
     def owners(self) -> dict[int, int]:
         """Data-parallel rank that rolled out each accepted group."""
         return {record.task: record.owner for record in self.records if record.task in set(self.accepted)}
+
+    @property
+    def born(self) -> dict[int, int]:
+        """Step number of the ids of accepted groups that come from an earlier step."""
+        kept = set(self.accepted)
+        return {r.task: r.born for r in self.records if r.task in kept and r.born not in (None, self.step)}
+
+    @property
+    def held(self) -> dict[int, int]:
+        """Data-parallel rank that keeps each group which goes on in a later step."""
+        return {record.task: record.owner for record in self.records if record.held and record.task in self.dropped}
 
 
 def accept(
@@ -97,11 +117,14 @@ def accept(
     )
 
 
-def acceptance_metrics(acceptances: Sequence[Acceptance], max_response_length: int) -> dict[str, float]:
+def acceptance_metrics(
+    acceptances: Sequence[Acceptance], max_response_length: int, *, partial: bool = False
+) -> dict[str, float]:
     """Figures of a step's over-sampling; the length of an episode that was stopped counts as far as it got.
 
     Args:
         max_response_length: tokens; its quarters are the buckets q1 (shortest) to q4.
+        partial: whether groups may be carried over, which has figures of its own.
     """
     if not acceptances:
         return {}
@@ -120,6 +143,15 @@ def acceptance_metrics(acceptances: Sequence[Acceptance], max_response_length: i
         "oversampling/response_length_started": sum(started) / max(len(started), 1),
         "oversampling/response_length_accepted": sum(accepted) / max(len(accepted), 1),
     }
+    if partial:
+        left = [r for a in acceptances for r in a.records if r.task in a.dropped]
+        figures |= {
+            "partial/groups_held": float(sum(record.held for record in left)),
+            "partial/groups_expired": float(sum(not record.held for record in left)),
+            "partial/episodes_resumed": float(sum(record.resumed for record in records)),
+            "partial/episodes_restarted": float(sum(record.lost for record in left)),
+            "partial/tokens_carried": sum(record.carried for record in kept) / max(sum(accepted), 1),
+        }
     buckets: list[list[bool]] = [[] for _ in range(NUM_BUCKETS)]
     for record in records:
         for length, ended in record.episodes:
@@ -137,7 +169,7 @@ def to_json(acceptance: Acceptance) -> dict[str, Any]:
         "candidates": list(acceptance.candidates),
         "accepted": list(acceptance.accepted),
         "dropped": {str(task): reason for task, reason in acceptance.dropped.items()},
-        "groups": [[r.task, r.owner, r.complete, r.failed, [list(e) for e in r.episodes]] for r in acceptance.records],
+        "groups": [dataclasses.asdict(record) for record in acceptance.records],
     }
 
 
@@ -149,8 +181,8 @@ def from_json(line: Mapping[str, Any]) -> Acceptance:
     """
     try:
         records = [
-            GroupRecord(int(task), int(owner), bool(complete), bool(failed), tuple((int(n), bool(e)) for n, e in parts))
-            for task, owner, complete, failed, parts in line["groups"]
+            GroupRecord(**{**group, "episodes": tuple((int(n), bool(ended)) for n, ended in group["episodes"])})
+            for group in line["groups"]
         ]
         again = accept(int(line["step"]), int(line["batch"]), int(line["wanted"]), line["candidates"], records)
         stated = tuple(line["accepted"])
@@ -177,6 +209,7 @@ class AcceptanceLog:
         decisions = [from_json(line) for line in known]
         self._known = {(item.step, item.batch): item for item in decisions}
         self._path = path
+        self._writes = False
 
     def find(self, step: int, batch: int, wanted: int, candidates: Sequence[int]) -> Acceptance | None:
         """The decision on this very collection, if it was taken before."""
@@ -189,6 +222,12 @@ class AcceptanceLog:
         self._known[acceptance.step, acceptance.batch] = acceptance
         if self._path is None:
             return
+        if not self._writes:
+            self._writes = True
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                data = self._path.read_bytes()
+                os.truncate(self._path, data.rfind(b"\n") + 1)  # a line that an earlier process did not finish
         with open(self._path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(to_json(acceptance)) + "\n")
             stream.flush()
@@ -196,15 +235,15 @@ class AcceptanceLog:
 
 
 def read_decisions(path: Path) -> list[dict[str, Any]]:
-    """Lines of an ``acceptance.jsonl``; the later of two on one collection wins. A torn last line is cut off.
+    """Lines of an ``acceptance.jsonl``, without a last one that was not finished; a later one on a collection wins.
 
     Raises:
-        ValueError: another line is not JSON.
+        ValueError: one of them is not JSON.
     """
     if not path.exists():
         return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
-    return [dict(row) for _, row in read_jsonl(path)] if whole.strip() else []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or remove it to decide anew") from None

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import torch.distributed as dist
+
 from spear_megatron.data.index import IndexRow, gather_index
 from spear_megatron.parallel.agreement import (
     agree_ok,
@@ -24,10 +26,11 @@ from spear_megatron.parallel.agreement import (
 )
 from spear_megatron.parallel.errors import RunError
 from spear_megatron.parallel.state import ParallelState
-from spear_megatron.rollout.acceptance import Acceptance, AcceptanceLog, GroupRecord, accept
+from spear_megatron.rollout.acceptance import Acceptance, AcceptanceLog, accept
 from spear_megatron.rollout.engine import SamplingParams
 from spear_megatron.rollout.loop_thread import LoopThread
-from spear_megatron.rollout.oversampling import Drawn
+from spear_megatron.rollout.oversampling import Drawn, Portion
+from spear_megatron.rollout.partial import HeldGroup
 from spear_megatron.rollout.work import SharedWork
 from spear_megatron.types import Group, Prompt
 
@@ -53,7 +56,7 @@ class Tasks:
     batch: int = 0
 
 
-RunDrawn = Callable[[Tasks, SharedWork], Awaitable[Drawn]]
+RunDrawn = Callable[[Tasks, Portion], Awaitable[Drawn]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +74,13 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How this rank rolls out a collection: its own tasks, or the shared work; ``known`` repeats a decision."""
+    """How this rank rolls out a collection: its own tasks, or a portion; ``known`` is a decision to repeat."""
 
     tasks: Tasks
     phase: str
     own: list[tuple[int, Prompt]]
-    work: SharedWork | None
-    known: Acceptance | None
+    portion: Portion | None = None
+    known: Acceptance | None = None
 
 
 @dataclass(slots=True)
@@ -85,7 +88,7 @@ class _Outcome:
     """What this leader has, or why it has nothing."""
 
     groups: list[Group] = field(default_factory=list)
-    records: list[GroupRecord] = field(default_factory=list)
+    drawn: Drawn | None = None
     failure: Exception | None = None
     seconds: float = 0.0
 
@@ -124,6 +127,8 @@ class Collector:
         self._runner: asyncio.Runner | LoopThread = LoopThread("rollouts") if background else asyncio.Runner()
         self._decisions = decisions or AcceptanceLog()
         self._begun: tuple[_Plan, Future[_Outcome] | None] | None = None
+        self._held: dict[int, HeldGroup] = {}
+        self._holders: dict[int, int] = {}
 
     def collect(self, tasks: Tasks) -> Collected:
         """Roll out every task somewhere and return this leader's groups with the common index.
@@ -164,14 +169,18 @@ class Collector:
         parallel, phase = self._parallel, f"collect/{tasks.purpose}/{tasks.step}"
         if tasks.wanted is None:
             own = share_of(tasks.prompts, tasks.step, parallel.dp_rank, parallel.dp_size)
-            return _Plan(tasks, phase, own, None, None)
+            return _Plan(tasks, phase, own)
         known = self._decisions.find(tasks.step, tasks.batch, tasks.wanted, [index for index, _ in tasks.prompts])
+        mine = [(self._held[index], prompt) for index, prompt in tasks.prompts if index in self._held]
         if known is None:
             work = SharedWork(parallel.store, f"work/{phase}/{tasks.batch}")
-            return _Plan(tasks, phase, [], work, None)
-        owners = {task: owner % parallel.dp_size for task, owner in known.owners.items()}
-        own = [pair for pair in tasks.prompts if owners.get(pair[0]) == parallel.dp_rank]
-        return _Plan(tasks, phase, own, None, known)
+            free = [pair for pair in tasks.prompts if pair[0] not in self._holders]
+            return _Plan(tasks, phase, [], Portion(work, tasks.wanted, free, mine))
+        owners = {task: self._holders.get(task, owner % parallel.dp_size) for task, owner in known.owners.items()}
+        free = [pair for pair in tasks.prompts if owners.get(pair[0]) == parallel.dp_rank and pair[0] not in self._held]
+        mine = [(before, prompt) for before, prompt in mine if before.task in owners]
+        work = SharedWork(dist.HashStore(), phase)
+        return _Plan(tasks, phase, [], Portion(work, len(free) + len(mine), free, mine, known.born), known)
 
     async def _roll_out(self, plan: _Plan) -> _Outcome:
         """A failure is kept: also one of the user's code must stop every rank, with its message."""
@@ -179,12 +188,11 @@ class Collector:
         outcome, start = _Outcome(), time.monotonic()
         try:
             with heartbeat(self._parallel, plan.phase):
-                if plan.work is None:
+                if plan.portion is None:
                     outcome.groups = await self._run_groups(plan.tasks, plan.own)
                 else:
                     assert self._run_drawn is not None
-                    drawn = await self._run_drawn(plan.tasks, plan.work)
-                    outcome.groups, outcome.records = list(drawn.groups.values()), drawn.records
+                    outcome.drawn = await self._run_drawn(plan.tasks, plan.portion)
         except Exception as error:
             outcome.failure = error
         outcome.seconds = time.monotonic() - start
@@ -200,29 +208,49 @@ class Collector:
         except RunError as stop:
             raise stop from failure
         forget_heartbeat(self._parallel, plan.phase)
-        acceptance = self._accept(plan, outcome.records)
         groups = outcome.groups
-        if acceptance is not None:
-            accepted = set(acceptance.accepted)
-            groups = sorted((group for group in groups if group.id[1] in accepted), key=lambda group: group.id)
-        return Collected(
-            groups,
-            gather_index(groups, self._parallel),
-            (acceptance,) if acceptance is not None else (),
-            outcome.seconds,
-        )
+        acceptances: tuple[Acceptance, ...] = ()
+        if plan.portion is not None:
+            acceptance = self._accept(plan, plan.portion, outcome.drawn)
+            complete = outcome.drawn.groups if outcome.drawn is not None else {}
+            groups = sorted((complete[task] for task in acceptance.accepted if task in complete), key=_group_id)
+            acceptances = (acceptance,)
+        return Collected(groups, gather_index(groups, self._parallel), acceptances, outcome.seconds)
 
-    def _accept(self, plan: _Plan, own: list[GroupRecord]) -> Acceptance | None:
-        tasks = plan.tasks
-        if tasks.wanted is None or plan.known is not None:
-            return plan.known
-        records = [record for part in gather_objects(self._parallel, own) for record in part]
-        candidates = [index for index, _ in tasks.prompts]
-        acceptance = accept(tasks.step, tasks.batch, tasks.wanted, candidates, records)
-        self._decisions.write(acceptance)
-        if self._parallel.rank == 0 and plan.work is not None:
-            plan.work.forget()
+    def _accept(self, plan: _Plan, portion: Portion, drawn: Drawn | None) -> Acceptance:
+        """Decide, or repeat the decision; whoever holds a group that goes on keeps it, and all ranks know that."""
+        tasks, acceptance = plan.tasks, plan.known
+        assert tasks.wanted is not None
+        if acceptance is not None:
+            self._holders = {task: owner for task, owner in self._holders.items() if task not in acceptance.accepted}
+        else:
+            own = drawn.records if drawn is not None else []
+            records = [record for part in gather_objects(self._parallel, own) for record in part]
+            candidates = [index for index, _ in tasks.prompts]
+            acceptance = accept(tasks.step, tasks.batch, tasks.wanted, candidates, records)
+            self._decisions.write(acceptance)
+            if self._parallel.rank == 0:
+                portion.work.forget()
+            others = {task: owner for task, owner in self._holders.items() if task not in set(candidates)}
+            self._holders = {**others, **acceptance.held}
+        known = {**self._held, **(drawn.held if drawn is not None else {})}
+        self._held = {task: before for task, before in known.items() if task in self._mine}
         return acceptance
+
+    @property
+    def _mine(self) -> set[int]:
+        leads, rank = self._run_groups is not None, self._parallel.dp_rank
+        return {task for task, owner in self._holders.items() if leads and owner == rank}
+
+    @property
+    def held(self) -> list[HeldGroup]:
+        """Groups that this leader goes on with in a later step."""
+        return [self._held[task] for task in sorted(self._held)]
+
+    def hold(self, groups: Sequence[tuple[int, HeldGroup]]) -> None:
+        """Take over (data-parallel rank, group) pairs of an earlier process; every rank is given the same ones."""
+        self._holders = {group.task: owner for owner, group in groups}
+        self._held = {group.task: group for _, group in groups if group.task in self._mine}
 
     def close(self, *closers: Callable[[], Awaitable[None]]) -> None:
         """Close the engine and the sandbox on their own loop, then the loop."""
@@ -239,6 +267,10 @@ def _described(failure: Exception) -> str:
         return text
     place = traceback.extract_tb(failure.__traceback__)[-1]
     return f"{text} ({place.filename.rpartition('/')[2]}:{place.lineno})"
+
+
+def _group_id(group: Group) -> tuple[int, int]:
+    return group.id
 
 
 async def _await(closer: Callable[[], Awaitable[None]]) -> None:

@@ -47,6 +47,14 @@ class EngineError(RuntimeError):
     """The engine could not serve a request: infrastructure, never the policy's fault."""
 
 
+class RequestStopped(Exception):
+    """A request was ended because the collection it belongs to is over; ``result`` holds the tokens so far."""
+
+    def __init__(self, result: GenerateResult) -> None:
+        super().__init__("the collection is over")
+        self.result = result
+
+
 @runtime_checkable
 class Engine(Protocol):
     """What the agent loop and the weight publisher need of an engine. Calls come from one asyncio loop.

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from spear_megatron.rollout.acceptance import GroupRecord
-from spear_megatron.rollout.engine import AbortableEngine, Engine, GenerateRequest, GenerateResult
+from spear_megatron.rollout.engine import AbortableEngine, Engine, GenerateRequest, GenerateResult, RequestStopped
+from spear_megatron.rollout.partial import EpisodeSlot, HeldGroup, num_sampled
 from spear_megatron.rollout.work import SharedWork
 from spear_megatron.types import Group, Prompt, Trajectory, TrajectoryId
 
@@ -23,32 +23,32 @@ POLL_S = 0.02
 ABORT_GRACE_S = 5.0
 _MAX_NAMED = 10
 
-RunEpisode = Callable[[Prompt, TrajectoryId], Awaitable[Trajectory]]
+RunEpisode = Callable[[Prompt, TrajectoryId, EpisodeSlot], Awaitable[Trajectory]]
 
 
 class StoppableEngine:
-    """Passes requests on to an engine, counts what they sampled, and can end all of them at once."""
+    """Passes requests on to an engine and can end all of them at once."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._pending: set[str] = set()
         self._stopped = False
-        self._sampled: Counter[str] = Counter()
-
-    def num_sampled(self, trajectory: TrajectoryId) -> int:
-        """Tokens sampled for a trajectory so far."""
-        return self._sampled[str(trajectory)]
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        """As the engine; after :meth:`stop` an aborted result without tokens."""
+        """As the engine.
+
+        Raises:
+            RequestStopped: after :meth:`stop`, with the tokens sampled so far.
+        """
         if self._stopped:
-            return GenerateResult((), (), "abort")
+            raise RequestStopped(GenerateResult((), (), "abort"))
         self._pending.add(request.request_id)
         try:
             result = await self._engine.generate(request)
         finally:
             self._pending.discard(request.request_id)
-        self._sampled[request.request_id.partition("/")[0]] += len(result.output_ids)
+        if self._stopped and result.finish_reason == "abort":
+            raise RequestStopped(result)
         return result
 
     async def stop(self) -> None:
@@ -70,11 +70,32 @@ class StoppableEngine:
 
 
 @dataclass(frozen=True, slots=True)
+class Portion:
+    """What one leader may roll out in a collection.
+
+    Attributes:
+        work: the counters; numbers drawn from it point into ``candidates``.
+        wanted: complete groups, counted by ``work``, at which everybody stops.
+        candidates: (prompt index, prompt) pairs that nobody holds, the same on every leader that shares ``work``.
+        held: groups that this leader goes on with, with their prompts.
+        born: step number of the ids of candidates that do not carry the collection's own.
+    """
+
+    work: SharedWork
+    wanted: int
+    candidates: Sequence[tuple[int, Prompt]]
+    held: Sequence[tuple[HeldGroup, Prompt]] = ()
+    born: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Drawn:
-    """What one leader has when it stops: its complete groups by prompt index, and a record of every started one."""
+    """What one leader has when it stops, by prompt index: complete groups, a record of every started one, and what can
+    be kept for a later step if it is not accepted."""
 
     groups: dict[int, Group]
     records: list[GroupRecord]
+    held: dict[int, HeldGroup] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,29 +103,25 @@ class Drawing:
     """The settings of a leader's part.
 
     Attributes:
-        candidates: (prompt index, prompt) pairs, the same on every leader; numbers of the shared work point into it.
-        wanted: groups at whose completion, anywhere, everybody stops.
-        run: plays one episode.
-        stop: ends pending requests. num_sampled: tokens of a trajectory so far.
+        run: plays one episode. stop: ends pending requests.
         owner: this data-parallel rank. num_owners: all of them.
         max_concurrency: episodes at a time. deadline_s: seconds for all of it.
+        max_age: steps that a group which was stopped may be carried over; 0 keeps none.
     """
 
-    candidates: Sequence[tuple[int, Prompt]]
     step: int
     num_samples: int
-    wanted: int
     run: RunEpisode
     stop: Callable[[], Awaitable[None]]
-    num_sampled: Callable[[TrajectoryId], int]
     owner: int
     num_owners: int
     max_concurrency: int
     deadline_s: float
+    max_age: int = 0
 
 
-async def draw_groups(drawing: Drawing, work: SharedWork) -> Drawn:
-    """Draw and roll out groups until ``drawing.wanted`` are complete on all leaders, or nothing is left to draw.
+async def draw_groups(drawing: Drawing, portion: Portion) -> Drawn:
+    """Roll out groups until enough are complete on all leaders, or nothing is left to draw: held ones first.
 
     A leader has an equal share of the candidates in flight, or as many as its concurrency holds, and draws the next one
     when one ends. An episode whose infrastructure failed runs once more under the same id.
@@ -114,25 +131,27 @@ async def draw_groups(drawing: Drawing, work: SharedWork) -> Drawn:
         RuntimeError: every complete group of this leader failed; carries the first error.
         ValueError: of an episode, when the task or the settings are at fault.
     """
-    return await _Leader(drawing, work).play()
+    return await _Leader(drawing, portion).play()
 
 
 class _Leader:
-    def __init__(self, drawing: Drawing, work: SharedWork) -> None:
-        self._d, self._work = drawing, work
+    def __init__(self, drawing: Drawing, portion: Portion) -> None:
+        self._d, self._p = drawing, portion
         self._turn = asyncio.Semaphore(drawing.max_concurrency)
-        share = -(-len(drawing.candidates) // drawing.num_owners)
+        share = -(-(len(portion.candidates) + len(portion.held)) // drawing.num_owners)
         self._most = max(1, min(share, drawing.max_concurrency // drawing.num_samples))
-        self._running: dict[asyncio.Task[Group], int] = {}
+        self._running: dict[asyncio.Task[Group | None], int] = {}
         self._finished: dict[TrajectoryId, Trajectory] = {}
-        self._started: list[int] = []
+        self._slots: dict[TrajectoryId, EpisodeSlot] = {}
+        self._started: dict[int, HeldGroup] = {}
         self._groups: dict[int, Group] = {}
+        self._waiting = list(portion.held)
         self._exhausted = self._stopping = False
 
     async def play(self) -> Drawn:
         deadline = time.monotonic() + self._d.deadline_s
         try:
-            while self._work.num_complete < self._d.wanted:
+            while self._p.work.num_complete < self._p.wanted:
                 self._fill()
                 if not self._running:
                     break
@@ -148,16 +167,31 @@ class _Leader:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
         self._refuse_total_failure()
-        return Drawn(self._groups, [self._record(task) for task in self._started])
+        ends = [(before, self._held(before)) for before in self._started.values()]
+        ends += [(before, before) for before, _ in self._waiting]  # held ones that had no turn
+        records = [self._record(before, after) for before, after in ends]
+        kept = {record.task for record in records if record.held}
+        return Drawn(self._groups, records, {after.task: after for _, after in ends if after.task in kept})
 
     def _fill(self) -> None:
-        while not self._exhausted and len(self._running) < self._most:
-            number = self._work.draw()
-            self._exhausted = number >= len(self._d.candidates)
-            if not self._exhausted:
-                index, prompt = self._d.candidates[number]
-                self._started.append(index)
-                self._running[asyncio.create_task(self._group(index, prompt), name=f"group-{index}")] = index
+        while len(self._running) < self._most and (found := self._next()) is not None:
+            before, prompt = found
+            self._started[before.task] = before
+            for key in self._ids(before):
+                self._slots[key] = EpisodeSlot(before.partial.get(key.sample))
+                if key.sample in before.finished:
+                    self._finished[key] = before.finished[key.sample]
+            self._running[asyncio.create_task(self._group(before, prompt))] = before.task
+
+    def _next(self) -> tuple[HeldGroup, Prompt] | None:
+        if self._waiting:
+            return self._waiting.pop(0)
+        number = len(self._p.candidates) if self._exhausted else self._p.work.draw()
+        self._exhausted = number >= len(self._p.candidates)
+        if self._exhausted:
+            return None
+        index, prompt = self._p.candidates[number]
+        return HeldGroup(self._p.born.get(index, self._d.step), index), prompt
 
     async def _collect(self, timeout_s: float) -> None:
         """Take in the groups that ended, waiting a while for one; their first error is everybody's."""
@@ -165,59 +199,88 @@ class _Leader:
             return
         done, _ = await asyncio.wait(self._running, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            index = self._running.pop(task)
-            group = task.result()
-            if self._stopping and any(self._unfinished(member.id) for member in group.trajectories):
-                continue  # its requests were aborted: it did not end by itself
+            index, group = self._running.pop(task), task.result()
+            if group is None:
+                continue  # it was stopped
             self._groups[index] = group
             if any(member.valid for member in group.trajectories):
-                self._work.complete()
+                self._p.work.complete()
 
-    async def _group(self, index: int, prompt: Prompt) -> Group:
-        ids = [TrajectoryId(self._d.step, index, sample) for sample in range(self._d.num_samples)]
-        episodes = [asyncio.create_task(self._episode(prompt, key), name=str(key)) for key in ids]
+    async def _group(self, before: HeldGroup, prompt: Prompt) -> Group | None:
+        ids = self._ids(before)
+        open_ids = [key for key in ids if key not in self._finished]
+        episodes = [asyncio.create_task(self._episode(prompt, key), name=str(key)) for key in open_ids]
         try:
-            return Group(prompt, tuple(await asyncio.gather(*episodes)))
+            await asyncio.gather(*episodes)
         finally:  # after an error, or when cancelled
             for episode in episodes:
                 episode.cancel()
             await asyncio.gather(*episodes, return_exceptions=True)
+        complete = all(key in self._finished for key in ids)
+        return Group(prompt, tuple(self._finished[key] for key in ids)) if complete else None
 
-    async def _episode(self, prompt: Prompt, key: TrajectoryId) -> Trajectory:
-        async with self._turn:
-            trajectory = await self._d.run(prompt, key)
-            if not trajectory.valid and not self._stopping:
-                trajectory = await self._d.run(prompt, key)
+    async def _episode(self, prompt: Prompt, key: TrajectoryId) -> None:
+        """Play one episode to its end, or until all are stopped."""
+        slot = self._slots[key]
+        try:
+            async with self._turn:
+                trajectory = await self._d.run(prompt, key, slot)
+                if not trajectory.valid and not self._stopping:
+                    trajectory = await self._d.run(prompt, key, slot)
+        except RequestStopped:
+            return
         if trajectory.valid or not self._stopping:
             self._finished[key] = trajectory
-        return trajectory
 
-    def _unfinished(self, key: TrajectoryId) -> bool:
-        return key not in self._finished
+    def _ids(self, before: HeldGroup) -> list[TrajectoryId]:
+        return [TrajectoryId(before.born, before.task, sample) for sample in range(self._d.num_samples)]
 
-    def _record(self, index: int) -> GroupRecord:
-        ids = [TrajectoryId(self._d.step, index, sample) for sample in range(self._d.num_samples)]
-        group = self._groups.get(index)
+    def _held(self, before: HeldGroup) -> HeldGroup:
+        """What a later step would go on with."""
+        ids = self._ids(before)
+        stopped = {key.sample: self._slots[key].partial() for key in ids if key not in self._finished}
+        return HeldGroup(
+            born=before.born,
+            task=before.task,
+            finished={key.sample: self._finished[key] for key in ids if key in self._finished},
+            partial={sample: partial for sample, partial in stopped.items() if partial is not None},
+        )
+
+    def _record(self, before: HeldGroup, after: HeldGroup) -> GroupRecord:
+        group = self._groups.get(before.task)
+        episodes = after.episodes(self._d.num_samples)
+        if before.task in self._started:
+            episodes = tuple((self._tokens(key), key in self._finished) for key in self._ids(before))
+        failed = group is not None and not any(member.valid for member in group.trajectories)
+        young = self._d.step - before.born < self._d.max_age
+        held = young and not failed and bool(after.finished or after.partial)
+        kept = {*after.finished, *after.partial} if held else set()
+        lost = [sample for sample, (length, _) in enumerate(episodes) if length and sample not in kept]
         return GroupRecord(
-            task=index,
+            task=before.task,
             owner=self._d.owner,
             complete=group is not None,
-            failed=group is not None and not any(member.valid for member in group.trajectories),
-            episodes=tuple((self._tokens(key), key in self._finished) for key in ids),
+            failed=failed,
+            episodes=episodes,
+            born=before.born,
+            held=held,
+            resumed=len(before.partial) if before.task in self._started else 0,
+            lost=len(lost),
+            carried=before.num_sampled,
         )
 
     def _tokens(self, key: TrajectoryId) -> int:
         """Sampled tokens: of the trajectory if it ended (a first, failed attempt does not count), else so far."""
         ended = self._finished.get(key)
         if ended is None:
-            return self._d.num_sampled(key)
-        return sum(int(segment.response_mask.sum()) for segment in ended.segments)
+            return self._slots[key].num_sampled
+        return num_sampled(ended)
 
     def _refuse_late(self) -> None:
         names = [f"{self._d.step}-{index}" for index in sorted(self._running.values())]
         more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
         raise TimeoutError(
-            f"{self._work.num_complete} of {self._d.wanted} groups were complete within {self._d.deadline_s:g} s, "
+            f"{self._p.work.num_complete} of {self._p.wanted} groups were complete within {self._d.deadline_s:g} s, "
             f"unfinished here: {', '.join(names[:_MAX_NAMED])}{more} (step-task)"
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 from spear_megatron.environments.protocol import Observation, StepResult, Turn
 from spear_megatron.types import Prompt
@@ -30,10 +32,18 @@ class LatencyEnvironment:
 
     async def reset(self, prompt: Prompt) -> Observation:
         """Begin with :meth:`opening`."""
+        await self.restore(prompt, {"turns": 0})
+        return self.opening(prompt)
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """Turns so far."""
+        return {"turns": self._turns}
+
+    async def restore(self, prompt: Prompt, state: Mapping[str, Any]) -> None:
+        """Go on after so many turns."""
         slowness = sum(prompt.task_id.encode()) % 11 / 10
         self._seconds = self._latency_s * (1.0 + self._spread * slowness)
-        self._turns = 0
-        return self.opening(prompt)
+        self._turns = int(state["turns"])
 
     async def step(self, turn: Turn) -> StepResult:
         """Sleep, then go on or end."""

@@ -68,6 +68,7 @@ class StepSettings:
     old_log_prob: Literal["trainer", "rollout"] = "trainer"
     needs_old_log_probs: bool = False
     over_sampling: float = 1.0
+    partial_rollout: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 from spear_megatron.data.index import IndexRow
 from spear_megatron.rollout.acceptance import acceptance_metrics
 from spear_megatron.rollout.collect import Collected, Tasks, merge
-from spear_megatron.trainer.ahead import Generated, decode_generated, encode_generated
+from spear_megatron.trainer.ahead import Generated, decode_generated, decode_held, encode_generated, encode_held
 from spear_megatron.trainer.frame import RunFrame
 from spear_megatron.trainer.metrics import staleness_metrics
 from spear_megatron.trainer.scoring import GroupId
@@ -77,7 +77,8 @@ class RunRollouts(RunFrame):
                 collected = merge(collected, self._collect_batch(step, missing, batch=batches))
                 batches += 1
             metrics["filter/gen_batches"] = float(batches)
-        metrics.update(acceptance_metrics(collected.acceptances, self.settings.sampling.max_new_tokens))
+        longest, partial = self.settings.sampling.max_new_tokens, self.settings.partial_rollout
+        metrics.update(acceptance_metrics(collected.acceptances, longest, partial=partial))
         return Generated(step, self._published, collected, metrics)
 
     def _collect_batch(self, step: int, count: int, batch: int) -> Collected:
@@ -104,14 +105,21 @@ class RunRollouts(RunFrame):
             self.parts.prompts.give_back(acceptance.dropped)
 
     def _rollout_states(self) -> dict[str, Any]:
-        """What a checkpoint holds of the step that waits; collective."""
-        if self._ahead is None:
-            return {}
-        timeout_s = self.trainer.collective_timeout_s
-        return {"ahead": encode_generated(self._ahead, self.parts.parallel, timeout_s=timeout_s)}
+        """What a checkpoint holds of the step that waits and of groups that go on; collective."""
+        states, timeout_s = {}, self.trainer.collective_timeout_s
+        if self._ahead is not None:
+            states["ahead"] = encode_generated(self._ahead, self.parts.parallel, timeout_s=timeout_s)
+        if self.settings.partial_rollout:
+            states["held"] = encode_held(self.parts.collector.held, self.parts.parallel, timeout_s=timeout_s)
+        return states
 
     def _restore_rollouts(self, states: Mapping[str, Any]) -> None:
-        """Take up the step that waited; collective. Without ``trainer.async`` its prompts are rolled out anew."""
+        """Take up the step that waited; collective. Without ``trainer.async`` its prompts are rolled out anew.
+
+        So are groups that were to go on, without ``partial_rollout``: their prompts are in the queue as it is.
+        """
+        if "held" in states and self.settings.partial_rollout:
+            self.parts.collector.hold(decode_held(states["held"], self.parts.parallel))
         if "ahead" not in states:
             return
         ahead = decode_generated(states["ahead"], self.parts.parallel, self.parts.prompts.at)

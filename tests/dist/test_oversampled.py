@@ -13,7 +13,8 @@ from spear_megatron.parallel.state import initialize
 from spear_megatron.rollout.acceptance import AcceptanceLog, to_json
 from spear_megatron.rollout.collect import Collected, Collector, Tasks
 from spear_megatron.rollout.engine import SamplingParams
-from spear_megatron.rollout.oversampling import Drawing, Drawn, draw_groups
+from spear_megatron.rollout.oversampling import Drawing, Drawn, Portion, draw_groups
+from spear_megatron.rollout.partial import EpisodeSlot
 from spear_megatron.rollout.work import SharedWork
 from spear_megatron.types import Group, Prompt, RewardParts, Segment, StopReason, Trajectory, TrajectoryId
 
@@ -29,24 +30,21 @@ async def _no_stop() -> None:
 def _collector(parallel: Any, delay_s: float, decisions: AcceptanceLog | None = None, **options: Any) -> Collector:
     """Episodes of ``delay_s``, except for the slow group's."""
 
-    async def run(prompt: Prompt, key: TrajectoryId) -> Trajectory:
+    async def run(prompt: Prompt, key: TrajectoryId, slot: EpisodeSlot) -> Trajectory:
         await asyncio.sleep(30 if key.task == SLOW else delay_s)
         mask = torch.tensor([False, True, True])
         segment = Segment(torch.tensor([1, 2, 3], dtype=torch.int32), mask, mask.float() * -1.0)
         return Trajectory(key, (segment,), RewardParts(float(key.sample)), StopReason.ANSWER, policy_version=4)
 
     async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
-        ids = range(tasks.num_samples)
-        return [Group(p, tuple([await run(p, TrajectoryId(tasks.step, i, k)) for k in ids])) for i, p in own]
+        raise AssertionError("an over-sampled collection has no tasks of its own")
 
-    async def run_drawn(tasks: Tasks, work: SharedWork) -> Drawn:
-        assert tasks.wanted is not None
+    async def run_drawn(tasks: Tasks, portion: Portion) -> Drawn:
         drawing = Drawing(
-            candidates=tasks.prompts, step=tasks.step, num_samples=tasks.num_samples, wanted=tasks.wanted, run=run,
-            stop=_no_stop, num_sampled=lambda key: 1, owner=parallel.dp_rank, num_owners=parallel.dp_size,
-            max_concurrency=4, deadline_s=20.0,
+            step=tasks.step, num_samples=tasks.num_samples, run=run, stop=_no_stop, owner=parallel.dp_rank,
+            num_owners=parallel.dp_size, max_concurrency=4, deadline_s=20.0,
         )  # fmt: skip
-        return await draw_groups(drawing, work)
+        return await draw_groups(drawing, portion)
 
     leads = parallel.is_leader
     return Collector(

@@ -16,7 +16,10 @@ from spear_megatron.types import Group, Prompt, RewardParts, Segment, StopReason
 
 
 class Echo:
-    """An environment without tools: answers every turn with a long tool message until the policy boxes an answer."""
+    """An environment without tools: answers every turn with a long tool message until the policy boxes an answer.
+
+    It has no state, so that it can be restored.
+    """
 
     def __init__(self, *, reply: str = "go on " * 8) -> None:
         self._reply = reply
@@ -30,6 +33,13 @@ class Echo:
         if "boxed" in turn.text:
             return StepResult(done=True)
         return StepResult(messages=({"role": "tool", "content": self._reply},), num_tool_calls=1)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    async def restore(self, prompt: Prompt, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
 
     async def close(self) -> None:
         """Nothing to free."""
@@ -87,12 +97,12 @@ def scripted_collector(journal: ScriptedRun, parallel: Any, background: bool = F
             for index, prompt in own
         ]
 
-    async def run_drawn(tasks: Any, work: Any) -> Drawn:
+    async def run_drawn(tasks: Any, portion: Any) -> Drawn:
         """The first groups that are drawn are complete, one more is not."""
-        own = [tasks.prompts[work.draw()] for _ in range(tasks.wanted)]
+        own = [portion.candidates[portion.work.draw()] for _ in range(tasks.wanted)]
         groups = await run_groups(tasks, own)
         records = [GroupRecord(index, 0, True, False, ((4, True),)) for index, _ in own]
-        records.append(GroupRecord(tasks.prompts[work.draw()][0], 0, False, False, ((9, False),)))
+        records.append(GroupRecord(portion.candidates[portion.work.draw()][0], 0, False, False, ((9, False),)))
         return Drawn({group.id[1]: group for group in groups}, records)
 
     return Collector(parallel, run_groups, leaders=[0], timeout_s=60.0, run_drawn=run_drawn, background=background)

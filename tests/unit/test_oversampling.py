@@ -23,8 +23,15 @@ from spear_megatron.rollout.acceptance import (
     read_decisions,
     to_json,
 )
-from spear_megatron.rollout.engine import AbortableEngine, GenerateRequest, GenerateResult, SamplingParams
-from spear_megatron.rollout.oversampling import Drawing, Drawn, StoppableEngine, draw_groups
+from spear_megatron.rollout.engine import (
+    AbortableEngine,
+    GenerateRequest,
+    GenerateResult,
+    RequestStopped,
+    SamplingParams,
+)
+from spear_megatron.rollout.oversampling import Drawing, Drawn, Portion, StoppableEngine, draw_groups
+from spear_megatron.rollout.partial import EpisodeSlot, PartialEpisode
 from spear_megatron.rollout.work import SharedWork
 from spear_megatron.types import Prompt, RewardParts, Segment, StopReason, Trajectory, TrajectoryId
 
@@ -97,7 +104,15 @@ def test_the_log_repeats_only_the_same_collection(tmp_path: Path) -> None:
     assert again.find(3, 0, 1, [6, 5]) == decision and decision.owners == {6: 1}
     assert again.find(3, 1, 1, [5, 6]) is None and again.find(3, 0, 2, [5, 6]) is None
     assert again.find(3, 0, 1, [5, 7]) is None
-    assert path.read_text().count("\n") == 1 and read_decisions(tmp_path / "none") == []
+    assert len(lines) == 1 and read_decisions(tmp_path / "none") == []
+    again.write(accept(4, 0, 1, [7], []))
+    again.write(accept(5, 0, 1, [8], []))
+    assert [line["step"] for line in read_decisions(path)] == [3, 4, 5]
+    AcceptanceLog((), tmp_path / "new" / "log").write(decision)
+    assert read_decisions(tmp_path / "new" / "log") == lines
+    path.write_text("{\n{}\n")
+    with pytest.raises(ValueError, match="acceptance.jsonl is damaged"):
+        read_decisions(path)
     with pytest.raises(ValueError, match="were accepted"):
         AcceptanceLog([{**lines[0], "accepted": [5]}])
     with pytest.raises(ValueError, match="not a decision: KeyError"):
@@ -141,10 +156,21 @@ def trajectory(key: TrajectoryId, tokens: int, failed: bool = False) -> Trajecto
     return Trajectory(key, (segment,), RewardParts(1.0), stop, 0, error="burned" if failed else None)
 
 
+class Fixed:
+    """Stands for an episode that has sampled so many tokens and cannot go on."""
+
+    def __init__(self, num_sampled: int) -> None:
+        self.num_sampled = num_sampled
+
+    def partial(self) -> PartialEpisode | None:
+        return None
+
+
 def drawn(lengths: Sequence[float], *, wanted: int, failing: Sequence[int] = (), concurrency: int = 64) -> Drawn:
     """Groups of two whose second member takes ``lengths[task]`` hundredths of a second, and so many tokens."""
 
-    async def run(prompt: Prompt, key: TrajectoryId) -> Trajectory:
+    async def run(prompt: Prompt, key: TrajectoryId, slot: EpisodeSlot) -> Trajectory:
+        slot.bind(Fixed(7))
         if key.sample == 1:
             await asyncio.sleep(lengths[key.task] / 100)
         return trajectory(key, int(lengths[key.task]) + 1, key.task in failing)
@@ -153,19 +179,18 @@ def drawn(lengths: Sequence[float], *, wanted: int, failing: Sequence[int] = (),
         return None
 
     drawing = Drawing(
-        candidates=[(index, Prompt(str(index), ())) for index in range(len(lengths))], step=2, num_samples=2,
-        wanted=wanted, run=run, stop=stop, num_sampled=lambda key: 7, owner=0, num_owners=1,
-        max_concurrency=concurrency, deadline_s=5.0,
-    )  # fmt: skip
-    return asyncio.run(draw_groups(drawing, SharedWork(dist.HashStore(), "test")))
+        step=2, num_samples=2, run=run, stop=stop, owner=0, num_owners=1, max_concurrency=concurrency, deadline_s=5.0
+    )
+    candidates = [(index, Prompt(str(index), ())) for index in range(len(lengths))]
+    return asyncio.run(draw_groups(drawing, Portion(SharedWork(dist.HashStore(), "test"), wanted, candidates)))
 
 
 def test_a_leader_stops_when_enough_groups_are_complete() -> None:
     result = drawn([1, 400, 2, 400], wanted=2)
     assert sorted(result.groups) == [0, 2]
     by_task = {record.task: record for record in result.records}
-    assert by_task[0] == GroupRecord(0, 0, True, False, ((2, True), (2, True)))
-    assert by_task[1] == GroupRecord(1, 0, False, False, ((401, True), (7, False)))
+    assert by_task[0] == GroupRecord(0, 0, True, False, ((2, True), (2, True)), born=2, lost=2)
+    assert by_task[1] == GroupRecord(1, 0, False, False, ((401, True), (7, False)), born=2, lost=2)
     assert accept(2, 0, 2, range(4), result.records).dropped == {1: "unfinished", 3: "unfinished"}
 
 
@@ -184,20 +209,20 @@ def test_late_groups_are_named_and_errors_of_the_settings_pass_through() -> None
     async def stop() -> None:
         return None
 
-    async def hang(prompt: Prompt, key: TrajectoryId) -> Trajectory:
+    async def hang(prompt: Prompt, key: TrajectoryId, slot: EpisodeSlot) -> Trajectory:
         await asyncio.sleep(60)
         raise AssertionError
 
-    async def refuse(prompt: Prompt, key: TrajectoryId) -> Trajectory:
+    async def refuse(prompt: Prompt, key: TrajectoryId, slot: EpisodeSlot) -> Trajectory:
         raise ValueError("the prompt is too long")
 
     for run, error, text in ((hang, TimeoutError, "0 of 1 groups .* 2-4"), (refuse, ValueError, "too long")):
         drawing = Drawing(
-            candidates=[(4, Prompt("4", ()))], step=2, num_samples=2, wanted=1, run=run, stop=stop,
-            num_sampled=lambda key: 0, owner=0, num_owners=1, max_concurrency=4, deadline_s=0.1,
-        )  # fmt: skip
+            step=2, num_samples=2, run=run, stop=stop, owner=0, num_owners=1, max_concurrency=4, deadline_s=0.1
+        )
+        portion = Portion(SharedWork(dist.HashStore(), "test"), 1, [(4, Prompt("4", ()))])
         with pytest.raises(error, match=text):
-            asyncio.run(draw_groups(drawing, SharedWork(dist.HashStore(), "test")))
+            asyncio.run(draw_groups(drawing, portion))
 
 
 class Waiting:
@@ -220,18 +245,16 @@ class Waiting:
         raise AssertionError
 
 
-def test_stopping_ends_requests_and_keeps_count_of_their_tokens() -> None:
-    async def play() -> tuple[list[GenerateResult], int, int]:
+def test_stopping_ends_requests_and_hands_over_their_tokens() -> None:
+    async def play() -> list[BaseException | GenerateResult]:
         assert isinstance(Waiting(), AbortableEngine)
         engine = StoppableEngine(Waiting())
         requests = [GenerateRequest(f"2-0-{i}/0/0", (1,), SamplingParams(8), i) for i in range(2)]
         calls = [asyncio.create_task(engine.generate(request)) for request in requests]
         await asyncio.sleep(0)
         await engine.stop()
-        late = await engine.generate(requests[0])
-        results = [*(await asyncio.gather(*calls)), late]
-        return results, engine.num_sampled(TrajectoryId(2, 0, 0)), engine.num_sampled(TrajectoryId(2, 0, 9))
+        return await asyncio.gather(*calls, engine.generate(requests[0]), return_exceptions=True)
 
-    results, sampled, none = asyncio.run(play())
-    assert [result.finish_reason for result in results] == ["abort"] * 3
-    assert [len(result.output_ids) for result in results] == [3, 3, 0] and (sampled, none) == (3, 0)
+    stopped = asyncio.run(play())
+    assert all(isinstance(item, RequestStopped) for item in stopped)
+    assert [item.result.output_ids for item in stopped] == [(1, 2, 3), (1, 2, 3), ()]
