@@ -222,7 +222,6 @@ def _leader_agents(
             run=runner(stoppable, tasks),
             stop=stoppable.stop,
             owner=parallel.dp_rank,
-            num_owners=parallel.dp_size,
             max_concurrency=max_concurrency,
             deadline_s=config.trainer.collect_timeout_s,
             max_age=rollout.partial_rollout_max_age if rollout.partial_rollout else 0,

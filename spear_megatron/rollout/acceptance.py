@@ -212,14 +212,14 @@ class AcceptanceLog:
         self._writes = False
 
     def find(self, step: int, batch: int, wanted: int, candidates: Sequence[int]) -> Acceptance | None:
-        """The decision on this very collection, if it was taken before."""
+        """The decision on this very collection, if it was taken before. Those of earlier steps are forgotten."""
+        self._known = {key: item for key, item in self._known.items() if key[0] >= step}
         found = self._known.get((step, batch))
         same = found is not None and (found.wanted, found.candidates) == (wanted, tuple(sorted(candidates)))
         return found if same else None
 
     def write(self, acceptance: Acceptance) -> None:
         """Append a new decision, on disk for good when this returns."""
-        self._known[acceptance.step, acceptance.batch] = acceptance
         if self._path is None:
             return
         if not self._writes:

@@ -175,7 +175,8 @@ class Collector:
         if known is None:
             work = SharedWork(parallel.store, f"work/{phase}/{tasks.batch}")
             free = [pair for pair in tasks.prompts if pair[0] not in self._holders]
-            return _Plan(tasks, phase, [], Portion(work, tasks.wanted, free, mine))
+            portion = Portion(work, tasks.wanted, free, mine, num_sharers=parallel.dp_size)
+            return _Plan(tasks, phase, [], portion)
         owners = {task: self._holders.get(task, owner % parallel.dp_size) for task, owner in known.owners.items()}
         free = [pair for pair in tasks.prompts if owners.get(pair[0]) == parallel.dp_rank and pair[0] not in self._held]
         mine = [(before, prompt) for before, prompt in mine if before.task in owners]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+CLOSE_S = 30.0
+_LOG = logging.getLogger(__name__)
 
 
 class LoopThread:
@@ -40,12 +43,19 @@ class LoopThread:
         return self.submit(coroutine).result()
 
     def close(self) -> None:
-        """Cancel what is left, wait for its end and stop the thread. Closing twice is harmless."""
+        """Cancel what is left, wait for its end and stop the thread. Closing twice is harmless.
+
+        A thread that does not answer, because some code on it blocks, is left to the end of the process.
+        """
         self._closed = True
         loop, thread = self._loop, self._thread
         if loop is None or thread is None or not thread.is_alive():
             return
-        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result()
+        try:
+            asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(timeout=CLOSE_S)
+        except TimeoutError:
+            _LOG.warning("the thread %s did not stop within %g s: something on it blocks", self._name, CLOSE_S)
+            return
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

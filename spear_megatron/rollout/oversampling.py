@@ -79,6 +79,7 @@ class Portion:
         candidates: (prompt index, prompt) pairs that nobody holds, the same on every leader that shares ``work``.
         held: groups that this leader goes on with, with their prompts.
         born: step number of the ids of candidates that do not carry the collection's own.
+        num_sharers: leaders that draw from ``work``.
     """
 
     work: SharedWork
@@ -86,6 +87,7 @@ class Portion:
     candidates: Sequence[tuple[int, Prompt]]
     held: Sequence[tuple[HeldGroup, Prompt]] = ()
     born: Mapping[int, int] = field(default_factory=dict)
+    num_sharers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class Drawing:
 
     Attributes:
         run: plays one episode. stop: ends pending requests.
-        owner: this data-parallel rank. num_owners: all of them.
+        owner: this data-parallel rank.
         max_concurrency: episodes at a time. deadline_s: seconds for all of it.
         max_age: steps that a group which was stopped may be carried over; 0 keeps none.
     """
@@ -114,7 +116,6 @@ class Drawing:
     run: RunEpisode
     stop: Callable[[], Awaitable[None]]
     owner: int
-    num_owners: int
     max_concurrency: int
     deadline_s: float
     max_age: int = 0
@@ -138,7 +139,7 @@ class _Leader:
     def __init__(self, drawing: Drawing, portion: Portion) -> None:
         self._d, self._p = drawing, portion
         self._turn = asyncio.Semaphore(drawing.max_concurrency)
-        share = -(-(len(portion.candidates) + len(portion.held)) // drawing.num_owners)
+        share = -(-len(portion.candidates) // portion.num_sharers) + len(portion.held)
         self._most = max(1, min(share, drawing.max_concurrency // drawing.num_samples))
         self._running: dict[asyncio.Task[Group | None], int] = {}
         self._finished: dict[TrajectoryId, Trajectory] = {}

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
 
 from harness import run_ranks
-from train_loop import _SETTINGS, LoopResult, command_on_rank, read_loop
+from train_loop import _SETTINGS, EvenTokens, LoopResult, command_on_rank, read_loop
+
+from spear_megatron.types import Prompt, RewardParts, Trajectory
 
 STEPS = 4
 ASYNC = ("trainer.async=1", "algorithm.rollout_correction.mode=tis")
-_OWN = ("staleness/", "async/", "training/policy_version")
+_OWN = ("staleness/", "async/", "training/policy_version", "filter/gen_batches")
 """Figures that tell how a step was made; an emulation has its own."""
+
+
+class Coarse:
+    """Whether most sampled tokens are even: within many groups it does not differ."""
+
+    async def __call__(self, prompt: Prompt, trajectory: Trajectory) -> RewardParts:
+        """Score one trajectory."""
+        parts = await EvenTokens()(prompt, trajectory)
+        return dataclasses.replace(parts, outcome=float(parts.success))
 
 
 def arguments(model: str, run_dir: Path, *more: str) -> list[str]:

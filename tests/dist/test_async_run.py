@@ -33,6 +33,17 @@ def test_a_run_ahead_equals_its_emulation_in_turn(model: str, one_rank: Path, tm
     assert any(figures["actor/grad_norm"] > 0.01 for figures in result.metrics.values())
 
 
+def test_dynamic_sampling_fills_up_a_step_that_was_rolled_out_ahead(model: str, tmp_path: Path) -> None:
+    more = (*ASYNC, "algorithm.filter_groups.enable=true", "reward.name=async_run:Coarse", "data.max_response_length=5")
+    run_command(2, arguments(model, tmp_path / "ahead", *more))
+    run_ranks(emulate_on_rank, 1, arguments(model, tmp_path / "in_turn", *more, "trainer.async=0"))
+    result, expected = (course(tmp_path / name, own=False)[0] for name in ("ahead", "in_turn"))
+    difference = compare(result, expected)
+    assert difference.first_step_tokens_equal and difference.error <= 1.0, difference.worst
+    batches = [figures["filter/gen_batches"] for figures in course(tmp_path / "ahead")[0].metrics.values()]
+    assert max(batches) > 1, batches
+
+
 def test_tokens_are_one_version_behind_and_say_so(one_rank: Path) -> None:
     figures = course(one_rank)[0].metrics
     ages = [(figures[step]["staleness/mean"], figures[step]["staleness/max"]) for step in range(1, STEPS + 1)]

@@ -42,7 +42,7 @@ def _collector(parallel: Any, delay_s: float, decisions: AcceptanceLog | None = 
     async def run_drawn(tasks: Tasks, portion: Portion) -> Drawn:
         drawing = Drawing(
             step=tasks.step, num_samples=tasks.num_samples, run=run, stop=_no_stop, owner=parallel.dp_rank,
-            num_owners=parallel.dp_size, max_concurrency=4, deadline_s=20.0,
+            max_concurrency=4, deadline_s=20.0,
         )  # fmt: skip
         return await draw_groups(drawing, portion)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spear_megatron.data.prompts import PromptSource
@@ -47,6 +47,7 @@ def records_of(items: Sequence[tuple[int, int, bool, bool]]) -> list[GroupRecord
     ]
 
 
+@settings(deadline=None)
 @given(items=RECORDS, wanted=st.integers(1, 8), seed=st.randoms())
 def test_what_is_accepted_depends_on_the_records_alone(items, wanted, seed) -> None:
     records, candidates = records_of(items), list(range(31))
@@ -124,6 +125,7 @@ def source(size: int = 5) -> PromptSource:
     return PromptSource(prompts, seed=3, shuffle=True)
 
 
+@settings(deadline=None)
 @given(steps=st.lists(st.tuples(st.integers(1, 7), st.randoms()), max_size=8))
 def test_no_prompt_is_lost_or_doubled_and_the_queue_survives_a_restart(steps) -> None:
     plain, queue, kept = source(), source(), []
@@ -179,7 +181,7 @@ def drawn(lengths: Sequence[float], *, wanted: int, failing: Sequence[int] = (),
         return None
 
     drawing = Drawing(
-        step=2, num_samples=2, run=run, stop=stop, owner=0, num_owners=1, max_concurrency=concurrency, deadline_s=5.0
+        step=2, num_samples=2, run=run, stop=stop, owner=0, max_concurrency=concurrency, deadline_s=5.0
     )
     candidates = [(index, Prompt(str(index), ())) for index in range(len(lengths))]
     return asyncio.run(draw_groups(drawing, Portion(SharedWork(dist.HashStore(), "test"), wanted, candidates)))
@@ -218,7 +220,7 @@ def test_late_groups_are_named_and_errors_of_the_settings_pass_through() -> None
 
     for run, error, text in ((hang, TimeoutError, "0 of 1 groups .* 2-4"), (refuse, ValueError, "too long")):
         drawing = Drawing(
-            step=2, num_samples=2, run=run, stop=stop, owner=0, num_owners=1, max_concurrency=4, deadline_s=0.1
+            step=2, num_samples=2, run=run, stop=stop, owner=0, max_concurrency=4, deadline_s=0.1
         )
         portion = Portion(SharedWork(dist.HashStore(), "test"), 1, [(4, Prompt("4", ()))])
         with pytest.raises(error, match=text):

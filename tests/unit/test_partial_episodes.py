@@ -268,7 +268,7 @@ def draw(held: Any, *, step: int, stop_at: int, wanted: int, max_age: int = 2, v
             )  # fmt: skip
 
         drawing = Drawing(
-            step=step, num_samples=2, run=run, stop=stoppable.stop, owner=0, num_owners=1, max_concurrency=8,
+            step=step, num_samples=2, run=run, stop=stoppable.stop, owner=0, max_concurrency=8,
             deadline_s=5.0, max_age=max_age,
         )  # fmt: skip
         free = [(task, SUM) for task in fresh]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer_deal import ALONE
 
@@ -26,6 +27,7 @@ from spear_megatron.parallel.errors import RunError
 from spear_megatron.rollout.acceptance import GroupRecord, accept
 from spear_megatron.rollout.collect import Collected, Collector, Tasks
 from spear_megatron.rollout.engine import SamplingParams
+from spear_megatron.rollout import loop_thread
 from spear_megatron.rollout.loop_thread import LoopThread
 from spear_megatron.trainer.ahead import Generated, decode_generated, encode_generated
 from spear_megatron.types import Group, Prompt, RewardParts, Segment, StopReason, Trajectory, TrajectoryId
@@ -54,6 +56,21 @@ def test_coroutines_share_one_loop_on_one_other_thread() -> None:
     with pytest.raises(RuntimeError, match="closed"):
         thread.run(where())
     LoopThread("unused").close()
+
+
+def test_code_that_blocks_the_loop_does_not_block_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_thread, "CLOSE_S", 0.05)
+    gate = threading.Event()
+
+    async def block() -> None:
+        gate.wait(timeout=30)
+
+    thread = LoopThread("blocked")
+    thread.submit(block())
+    start = time.monotonic()
+    thread.close()
+    assert time.monotonic() - start < 10
+    gate.set()
 
 
 def collector(gate: threading.Event, *, fails: bool = False, background: bool = True) -> Collector:
@@ -114,6 +131,7 @@ def equal(one: Any, other: Any) -> bool:
 SEGMENTS = st.lists(st.tuples(st.integers(1, 5), st.booleans(), st.none() | st.text(), st.floats(-3, 3)), max_size=4)
 
 
+@settings(deadline=None)
 @given(
     shapes=SEGMENTS, outcome=st.floats(-9, 9), stop=st.sampled_from(StopReason), error=st.none() | st.text(),
     counts=st.tuples(*[st.integers(0, 9)] * 4),
