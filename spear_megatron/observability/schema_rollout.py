@@ -17,10 +17,13 @@ OVERSAMPLING = (
         "tokens",
     ),
     Metric("oversampling/response_length_accepted", "sampled tokens per accepted trajectory", "tokens"),
-    Metric(
-        "oversampling/finished_share/<quarter>",
-        "started trajectories that ended, among those of this quarter (q1 to q4) of the response budget",
-        "fraction",
+    *(
+        Metric(
+            f"oversampling/finished_share_q{quarter}",
+            f"started trajectories that ended, among those in quarter {quarter} of the response budget",
+            "fraction",
+        )
+        for quarter in range(1, 5)
     ),
     Metric("partial/groups_held", "stopped or surplus groups that go on in a later step with what they have", "groups"),
     Metric("partial/groups_expired", "such groups that start anew: they were carried over often enough", "groups"),
@@ -33,5 +36,5 @@ ASYNC = (
     Metric("staleness/mean", "updates between the weights that sampled a token and those that train on it", "steps"),
     Metric("staleness/max", "the same, of the oldest token of the step", "steps"),
     Metric("staleness/mixed_trajectories", "trajectories whose tokens come from several versions", "fraction"),
-    Metric("async/gen_s", "rollouts of this step, which went on while the step before trained", "s"),
+    Metric("timing_s/gen_ahead", "rollouts of this step, which went on while the step before trained", "s"),
 )

@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 FILE = "acceptance.jsonl"
-NUM_BUCKETS = 4
+BUCKETS = (
+    "oversampling/finished_share_q1",
+    "oversampling/finished_share_q2",
+    "oversampling/finished_share_q3",
+    "oversampling/finished_share_q4",
+)
 UNFINISHED, SURPLUS, NOT_STARTED = "unfinished", "surplus", "not_started"
 
 
@@ -152,12 +157,12 @@ def acceptance_metrics(
             "partial/episodes_restarted": float(sum(record.lost for record in left)),
             "partial/tokens_carried": sum(record.carried for record in kept) / max(sum(accepted), 1),
         }
-    buckets: list[list[bool]] = [[] for _ in range(NUM_BUCKETS)]
+    buckets: dict[str, list[bool]] = {}
     for record in records:
         for length, ended in record.episodes:
-            buckets[min(NUM_BUCKETS * length // max_response_length, NUM_BUCKETS - 1)].append(ended)
-    shares = {f"oversampling/finished_share/q{i}": ended for i, ended in enumerate(buckets, 1) if ended}
-    return figures | {name: sum(ended) / len(ended) for name, ended in shares.items()}
+            quarter = BUCKETS[min(len(BUCKETS) * length // max_response_length, len(BUCKETS) - 1)]
+            buckets.setdefault(quarter, []).append(ended)
+    return figures | {name: sum(ended) / len(ended) for name, ended in sorted(buckets.items())}
 
 
 def to_json(acceptance: Acceptance) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class RunRollouts(RunFrame):
         generated = self._fill_up(step, collected)
         sampled = sum(sum(row.sampled_lengths) for row in generated.collected.index)
         seconds = generated.collected.seconds
-        figures = {"async/gen_s": seconds, "perf/gen_throughput": sampled / max(seconds, 1e-9)}
+        figures = {"timing_s/gen_ahead": seconds, "perf/gen_throughput": sampled / max(seconds, 1e-9)}
         self._ahead = Generated(step, generated.version, generated.collected, {**generated.metrics, **figures})
 
     def _fill_up(self, step: int, collected: Collected) -> Generated:

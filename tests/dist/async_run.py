@@ -14,7 +14,7 @@ from spear_megatron.types import Prompt, RewardParts, Trajectory
 
 STEPS = 4
 ASYNC = ("trainer.async=1", "algorithm.rollout_correction.mode=tis")
-_OWN = ("staleness/", "async/", "training/policy_version", "filter/gen_batches")
+_OWN = ("staleness/", "training/policy_version", "filter/gen_batches")
 """Figures that tell how a step was made; an emulation has its own."""
 
 

@@ -160,13 +160,13 @@ def test_a_step_that_waits_survives_a_checkpoint() -> None:
     from spear_megatron.data.index import gather_index
 
     decision = accept(5, 0, 2, [10, 11, 12], [GroupRecord(task, 0, True, False, ((2, True),)) for task in (10, 11)])
-    one = Generated(5, 3, Collected(groups, gather_index(groups, ALONE), (decision,)), {"async/gen_s": 1.5})
+    one = Generated(5, 3, Collected(groups, gather_index(groups, ALONE), (decision,)), {"timing_s/gen_ahead": 1.5})
     state = encode_generated(one, ALONE, timeout_s=1.0)
     entry, _ = encode_state("ahead", state)
     again = decode_generated(state, ALONE, lambda index: Prompt(f"t{index}", ()))
     assert entry.path.endswith(".pt") and equal(again.collected.groups, groups)
     assert again.collected.index == one.collected.index and again.collected.acceptances == (decision,)
-    assert (again.step, again.version, again.metrics) == (5, 3, {"async/gen_s": 1.5})
+    assert (again.step, again.version, again.metrics) == (5, 3, {"timing_s/gen_ahead": 1.5})
 
 
 def test_an_engine_without_weights_of_its_own_cannot_run_ahead() -> None:
