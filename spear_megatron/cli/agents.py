@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from spear_megatron.cli.servers import open_rollout_servers
 from spear_megatron.config.schema import Config
@@ -25,11 +26,13 @@ from spear_megatron.parallel.agreement import agreed, gather_objects
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rewards.answers import canonical_answer
 from spear_megatron.rewards.registry import build_reward
+from spear_megatron.rollout.acceptance import FILE, AcceptanceLog, read_decisions
 from spear_megatron.rollout.agent_loop import EpisodeLimits
-from spear_megatron.rollout.collect import Collector, RunGroups, Tasks
+from spear_megatron.rollout.collect import Collector, Tasks
 from spear_megatron.rollout.config import RolloutConfig
 from spear_megatron.rollout.embedded import EmbeddedEngine
-from spear_megatron.rollout.engine import Engine, SamplingParams
+from spear_megatron.rollout.engine import Engine, SamplingParams, is_colocated
+from spear_megatron.rollout.oversampling import Drawing, Drawn, Portion, StoppableEngine, draw_groups
 from spear_megatron.rollout.prompt_lengths import check_prompt_lengths
 from spear_megatron.rollout.scheduler import EpisodeRunner, collect_groups
 from spear_megatron.rollout.sglang.engine import SGLangEngine
@@ -180,7 +183,12 @@ def open_agents(
     """
     leaders = [rank for rank, leads in enumerate(gather_objects(parallel, parallel.is_leader)) if leads]
     collector = functools.partial(
-        Collector, parallel, leaders=leaders, timeout_s=config.trainer.collect_timeout_s
+        Collector,
+        parallel,
+        leaders=leaders,
+        timeout_s=config.trainer.collect_timeout_s,
+        decisions=open_decisions(config, parallel),
+        background=config.trainer.async_ > 0,
     )
     with open_rollout_servers(config, parallel, shape, max_model_len(config)) as servers:
         with agreed(parallel, "start of the agents"):
@@ -194,21 +202,50 @@ def open_agents(
             agents.close()
 
 
+def open_decisions(config: Config, parallel: ParallelState) -> AcceptanceLog:
+    """What earlier processes of this run accepted into its steps, the same on every rank; rank 0 continues the file.
+
+    Raises:
+        ValueError: the file is damaged.
+        RunError: the same, on all of several ranks.
+    """
+    path = Path(config.trainer.default_local_dir) / FILE
+    known: list[dict[str, Any]] = []
+    with agreed(parallel, f"reading {FILE}"):
+        if parallel.rank == 0:
+            known = read_decisions(path)
+    known = gather_objects(parallel, known)[0]
+    with agreed(parallel, f"reading {FILE}"):
+        return AcceptanceLog(known, path if parallel.rank == 0 else None)
+
+
+def check_engine_for(config: Config, engine: Engine) -> None:
+    """Refuse what this engine cannot do. Raises ValueError."""
+    if config.trainer.async_ and is_colocated(engine):
+        raise ValueError(
+            f"trainer.async={config.trainer.async_} samples while the trainer updates, but the engine "
+            f"actor_rollout_ref.rollout.name={config.actor_rollout_ref.rollout.name} has no copy of the weights of its "
+            "own: set trainer.async=0 or take another engine"
+        )
+
+
 def _leader_agents(
     config: Config,
     parallel: ParallelState,
     renderer: ChatRenderer,
     shape: ModelShape,
-    collector: Callable[[RunGroups], Collector],
+    collector: Callable[..., Collector],
     servers: Servers,
 ) -> Agents:
     rollout = config.actor_rollout_ref.rollout
     reward = build_reward(config.reward)
     engine = open_engine(config, shape, parallel.dp_rank, parallel.dp_size, servers.urls)
+    check_engine_for(config, engine)
     make_environment, sandbox = open_environment(config)  # last: it starts processes, which a failure would leave
+    max_concurrency = max_episodes(rollout, parallel.dp_size, len(servers.urls))
 
-    async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
-        runner = EpisodeRunner(
+    def runner(engine: Engine, tasks: Tasks) -> EpisodeRunner:
+        return EpisodeRunner(
             engine=engine,
             renderer=renderer,
             environment_factory=make_environment,
@@ -218,13 +255,29 @@ def _leader_agents(
             seed=config.trainer.seed,
             purpose=tasks.purpose,
         )
+
+    async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
         return await collect_groups(
             own,
-            run=runner,
+            run=runner(engine, tasks),
             step=tasks.step,
             num_samples=tasks.num_samples,
-            max_concurrency=max_episodes(rollout, parallel.dp_size, len(servers.urls)),
+            max_concurrency=max_concurrency,
             deadline_s=config.trainer.collect_timeout_s,
         )
 
-    return Agents(collector(run_groups), engine, sandbox, reward, servers)
+    async def run_drawn(tasks: Tasks, portion: Portion) -> Drawn:
+        stoppable = StoppableEngine(engine)
+        drawing = Drawing(
+            step=tasks.step,
+            num_samples=tasks.num_samples,
+            run=runner(stoppable, tasks),
+            stop=stoppable.stop,
+            owner=parallel.dp_rank,
+            max_concurrency=max_concurrency,
+            deadline_s=config.trainer.collect_timeout_s,
+            max_age=rollout.partial_rollout_max_age if rollout.partial_rollout else 0,
+        )
+        return await draw_groups(drawing, portion)
+
+    return Agents(collector(run_groups, run_drawn=run_drawn), engine, sandbox, reward, servers)

@@ -86,7 +86,8 @@ def fingerprint(config: Config) -> str:
         "actor_rollout_ref.rollout.sglang.",
     )  # fmt: skip
     items = [f"{key}={value!r}" for key, value in flatten(config).items() if not key.startswith(ignored)]
-    return hashlib.sha256("\n".join([*items, f"seed={config.trainer.seed}"]).encode()).hexdigest()[:16]
+    decisive = [f"seed={config.trainer.seed}", *(["async=1"] if config.trainer.async_ else [])]
+    return hashlib.sha256("\n".join([*items, *decisive]).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -175,6 +176,8 @@ def step_settings(config: Config) -> StepSettings:
         old_log_prob=ref.actor.old_log_prob,
         needs_old_log_probs=reads_old_log_probs(config),
         mismatch=ref.rollout.mismatch,
+        over_sampling=ref.rollout.over_sampling,
+        partial_rollout=ref.rollout.partial_rollout,
     )
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 
 from spear_megatron.observability.schema_mismatch import MISMATCH
+from spear_megatron.observability.schema_rollout import ASYNC, OVERSAMPLING
 from spear_megatron.observability.schema_spear import SPEAR
 from spear_megatron.observability.schema_types import Metric, spread
 
@@ -69,7 +70,7 @@ _TRAINING = (
 )
 
 _TIMING = (
-    Metric("timing_s/gen", "rollouts, tools and rewards included", "s"),
+    Metric("timing_s/gen", "rollouts, tools and rewards included; with trainer.async=1 the wait for them", "s"),
     Metric("timing_s/old_log_prob", "trainer log-probs before the update", "s"),
     Metric("timing_s/ref", "reference log-probs", "s"),
     Metric("timing_s/adv", "advantages", "s"),
@@ -141,7 +142,7 @@ _VALIDATION = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *MISMATCH, *_TIMING, *_PERF, *_ENGINE, *_SERVERS, *_VALIDATION,
+    *_ACTOR, *_ROLLOUT, *OVERSAMPLING, *ASYNC, *SPEAR, *_TRAINING, *MISMATCH, *_TIMING, *_PERF, *_ENGINE, *_SERVERS, *_VALIDATION,
 )  # fmt: skip
 
 

@@ -74,6 +74,8 @@ class StepSettings:
     old_log_prob: Literal["trainer", "rollout"] = "trainer"
     needs_old_log_probs: bool = False
     mismatch: MismatchConfig = MismatchConfig()
+    over_sampling: float = 1.0
+    partial_rollout: bool = False
 
 
 @dataclass(frozen=True, slots=True)
