@@ -42,7 +42,7 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names.append(f"{source.stem}.cpp")
         (folder / names[-1]).write_text(translated(source))
     includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", CSRC / "cuda", CSRC)]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared"]
     subprocess.run(["g++", *flags, *includes, *names, "-o", "emulated.so"], cwd=folder, check=True, timeout=600)
     return folder / "emulated.so"
 
