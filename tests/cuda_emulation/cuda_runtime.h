@@ -1,9 +1,9 @@
 // Enough of CUDA for the host to run the kernels of csrc/cuda/: every thread of a block is a fibre, and the blocks run one
 // after the other. It tests logic (reductions, barriers, atomics, order of reads and writes), not speed.
 //
-// A fibre runs from one barrier to the next; the fibres take turns in ascending order, in the next round in descending
-// order, so that a value read before another thread wrote it is seen in one of them. Threads that wait at barriers
-// that cannot open end the process.
+// A fibre runs from one barrier to the next; the fibres take turns in ascending or in descending order, drawn for every
+// round, so that a value read before another thread wrote it is seen in one of them. Threads that wait at barriers that
+// cannot open end the process.
 #pragma once
 
 #include <ucontext.h>
@@ -51,6 +51,12 @@ inline Fibre fibres[kMaxThreads];
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline double exchanged[kMaxThreads];
+inline uint32_t random_word = 1;
+
+inline bool random_bit() {
+    random_word = random_word * 1664525u + 1013904223u;
+    return random_word >> 31;
+}
 
 // Gives way until the barrier opens.
 inline void wait_at(State barrier) {
@@ -100,14 +106,13 @@ inline bool open_barriers(int threads) {
 
 inline void run_block(int threads) {
     for (int i = 0; i < threads; ++i) prepare(fibres[i]);
-    bool ascending = true;
     do {
+        const bool ascending = random_bit();
         for (int i = 0; i < threads; ++i) {
             threadIdx.x = ascending ? i : threads - 1 - i;
             Fibre& fibre = fibres[threadIdx.x];
             if (fibre.state == State::ready) swapcontext(&scheduler, &fibre.context);
         }
-        ascending = !ascending;
     } while (open_barriers(threads));
 }
 
