@@ -234,8 +234,8 @@ def check_async(async_steps: int, colocated: bool) -> None:
     """Rollouts beside the update need a second copy of the weights to sample from. Raises ValueError."""
     if async_steps and colocated:
         raise ValueError(
-            f"trainer.async={async_steps} samples while the trainer updates, but {_ROLLOUT}.sglang.colocated=true gives "
-            "the servers' memory to the trainer then: set trainer.async=0 or colocated=false"
+            f"trainer.async={async_steps} samples while the trainer updates, but {_ROLLOUT}.sglang.colocated=true "
+            "gives the servers' memory to the trainer then: set trainer.async=0 or colocated=false"
         )
 
 
