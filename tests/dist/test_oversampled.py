@@ -43,6 +43,8 @@ def _collector(parallel: Any, delay_s: float, decisions: AcceptanceLog | None = 
         raise AssertionError("an over-sampled collection has no tasks of its own")
 
     async def run_drawn(tasks: Tasks, portion: Portion) -> Drawn:
+        if delay_s < 0:
+            raise KeyError("engine")
         drawing = Drawing(
             step=tasks.step, num_samples=tasks.num_samples, run=run, stop=_no_stop, owner=parallel.dp_rank,
             max_concurrency=4, deadline_s=20.0,
@@ -105,6 +107,19 @@ def collect_on_a_full_disk() -> str:
         parallel.destroy()
 
 
+def collect_with_a_broken_leader() -> str:
+    """What this rank says when the second leader cannot roll out anything."""
+    parallel = initialize(1, 1)
+    try:
+        collector = _collector(parallel, 0.01 if parallel.rank == 0 else -1.0)
+        with pytest.raises(RunError) as failure:
+            collector.collect(TASKS)
+        collector.close()
+        return str(failure.value)
+    finally:
+        parallel.destroy()
+
+
 def count_work() -> tuple[list[int], int]:
     """Numbers that this rank draws of 40, and the count of both ranks."""
     parallel = initialize(1, 1)
@@ -142,6 +157,11 @@ def test_all_ranks_accept_the_same_groups_and_a_fast_leader_does_the_work_of_a_s
 def test_a_decision_that_cannot_be_recorded_stops_every_rank() -> None:
     for message in run_ranks(collect_on_a_full_disk, 2):
         assert message == "recording of collect/train/5 failed. rank 0: no space left"
+
+
+def test_one_leaders_failure_stops_every_rank() -> None:
+    for message in run_ranks(collect_with_a_broken_leader, 2):
+        assert message.startswith("collect/train/5 failed. rank 1: KeyError: 'engine' (test_oversampled.py:")
 
 
 def test_ranks_that_do_not_lead_know_the_decision() -> None:
