@@ -11,7 +11,7 @@ from pathlib import Path
 from spear_megatron.rollout.sglang.launch_config import SGLangLaunchConfig
 
 # On a CPU without AMX these are the only kernels that work; an idle scheduler would burn a core.
-_CPU_ARGUMENTS = {
+_CPU_ARGUMENTS: dict[str, object] = {
     "attention-backend": "torch_native", "sampling-backend": "pytorch", "grammar-backend": "none",
     "sleep-on-idle": True,
 }  # fmt: skip
@@ -53,7 +53,10 @@ def server_command(config: SGLangLaunchConfig, spec: ServerSpec, port: int) -> l
         "max-running-requests": spec.max_running_requests,
         "enable-memory-saver": spec.memory_saver,
     }
-    defaults = dict(_CPU_ARGUMENTS) if spec.on_cpu else {}
+    defaults: dict[str, object] = {}
+    if spec.on_cpu:
+        # By itself a server takes most of the memory of the machine for its cache.
+        defaults = {**_CPU_ARGUMENTS, "max-total-tokens": spec.context_length * spec.max_running_requests}
     further = {name.replace("_", "-"): value for name, value in config.args.items()}
     words = [python, *launcher]
     for name, value in {**defaults, **further, **own}.items():
