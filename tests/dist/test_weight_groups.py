@@ -126,7 +126,7 @@ def _lead(parallel: Any, plan: Any, num_steps: int) -> list[list[float]]:
     group = ServerGroup(timeout_s=20.0, connect=lambda url: Remote())  # type: ignore[arg-type, return-value]
     way = DistributedWay(group, torch.float32, torch.device("cpu"), leader=0, address=None, run_name="r", turns=None)
     for step in range(num_steps):
-        way.begin([Target("http://localhost:1", 1)], step)
+        way.begin([Target("http://localhost:1", 1, str(step - 1))], step)
         for bucket in plan.buckets:
             send = way.send_closing if bucket is plan.closing else way.send
             flat = torch.full((bucket.num_bytes // 4,), float(10 * step + bucket.index))
@@ -160,3 +160,26 @@ def _follow(parallel: Any, plan: Any, num_steps: int) -> list[list[float]]:
 def test_a_group_is_formed_once_and_carries_every_bucket() -> None:
     _, received = run_ranks(_broadcast, 2, 2)
     assert received == [[0.0] * 3, [1.0] * 2, [10.0] * 3, [11.0] * 2]
+
+
+def test_a_group_is_formed_anew_when_a_server_was_restarted_or_another_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    formed: list[tuple[str, ...]] = []
+    closed: list[str] = []
+
+    class Group:
+        def __init__(self, servers: Any, targets: Any, *, name: str, **_: Any) -> None:
+            self.targets, self.name = tuple(targets), name
+            formed.append(tuple(target.url for target in targets))
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    monkeypatch.setattr("spear_megatron.weights.ways.distributed.BroadcastGroup", Group)
+    servers = ServerGroup(timeout_s=5.0)
+    way = DistributedWay(servers, torch.float32, torch.device("cpu"), leader=0, address=None, run_name="r", turns=None)
+    way.begin([Target("a", 1, "default"), Target("b", 1, "default")], 1)
+    way.begin([Target("a", 1, "1"), Target("b", 1, "1")], 2)
+    assert formed == [("a", "b")]
+    way.begin([Target("a", 1, "2"), Target("b", 1, "default")], 3)  # b was restarted
+    way.begin([Target("a", 1, "3")], 4)
+    assert formed == [("a", "b"), ("a", "b"), ("a",)] and len(set(closed)) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from spear_megatron.rollout.engine import EngineError
+from spear_megatron.rollout.sglang.control import ControlClient
 from spear_megatron.weights.servers import ServerGroup, Target
 
 _POLL_S = 0.02
@@ -142,8 +144,13 @@ class BroadcastGroup:
         nothing before this side has left. gloo leaves when a broadcast under way is done, or late.
         """
         urls = [target.url for target in self.targets]
+
+        def leave(client: ControlClient) -> None:
+            with contextlib.suppress(EngineError):  # a restarted server has left it already
+                client.destroy_group(self.name)
+
         with ThreadPoolExecutor(1, thread_name_prefix="leave") as threads:
-            told = threads.submit(self._servers.each, urls, lambda client: client.destroy_group(self.name))
+            told = threads.submit(self._servers.each, urls, leave)
             dist.destroy_process_group(self._group)
             self._store = None
             told.result()
