@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ class Joining:
     def init_group(self, *, port: int, name: str, rank_offset: int, timeout_s: float, **_: Any) -> None:
         if self.behaviour == "refuses":
             raise EngineError("HTTP 400: the group name is taken")
-        store = dist.TCPStore("127.0.0.1", port)
+        store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=20))
         if self.behaviour == "joins":
             store.set(f"{name}/{name}//cpu//0/{rank_offset}", "address")  # as gloo announces itself
         try:
@@ -137,8 +138,6 @@ def _lead(parallel: Any, plan: Any, num_steps: int) -> list[list[float]]:
 
 
 def _follow(parallel: Any, plan: Any, num_steps: int) -> list[list[float]]:
-    from datetime import timedelta
-
     from torch.distributed import distributed_c10d as c10d
 
     port, name, size = parallel.store.get("place").decode().split()

@@ -102,19 +102,27 @@ class BroadcastGroup:
     def _await_announced(self, joins: dict[str, Future[None]], end: float) -> None:
         """Wait until every server rank has written its address to the store (gloo; nccl connects at first use)."""
         while (missing := self._missing_ranks()) and time.monotonic() < end:
-            self._check(joins, wait=False)
+            if all(self._has_come(url, missing) or join.done() for url, join in joins.items()):
+                break
             time.sleep(_POLL_S)
+        # Not earlier: a server that finds the store closed already would try to reach it for as long as torch lets it.
+        self._check(joins, wait=False)
         if missing:
-            absent, offset = [], 1
-            for target in self.targets:
-                if missing & set(range(offset, offset + target.tp_size)):
-                    absent.append(target.url)
-                offset += target.tp_size
+            absent = [target.url for target in self.targets if not self._has_come(target.url, missing)]
             reason = (
                 f"did not join the group {self.name} within {self._timeout.total_seconds():g} s; can it reach "
                 "actor_rollout_ref.rollout.sglang.weights.master_address?"
             )
             raise JoinError({url: f"{url} {reason}" for url in absent})
+
+    def _has_come(self, url: str, missing: set[int]) -> bool:
+        """Whether all tensor ranks of a server are in the store."""
+        offset = 1
+        for target in self.targets:
+            if target.url == url:
+                return not missing & set(range(offset, offset + target.tp_size))
+            offset += target.tp_size
+        raise KeyError(url)
 
     def _missing_ranks(self) -> set[int]:
         if self._backend != "gloo":
