@@ -18,7 +18,7 @@ HEAD = """# Benchmarks of the kernels
 Written by `tools/benchmark_page.py` from `docs/benchmarks.json`; `make bench-kernels` measures anew. Every contender is
 called once per round, so that a disturbance hits all of them alike; a ratio is the median over the rounds of
 (contender / kernel) within one round: above 1 the kernel is faster. The allocator keeps freed memory, so that no
-contender pays page faults. On a CUDA device `make gpu-check` measures the CUDA kernels; no figure of one stands here yet.
+contender pays page faults. On a CUDA device `make gpu-check` measures the CUDA kernels; no figure of one is here yet.
 """
 
 

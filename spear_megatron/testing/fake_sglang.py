@@ -151,7 +151,7 @@ class FakeSGLang:
         await asyncio.sleep(self.arrival_delay_s)
         fault = self.faults.pop(0) if self.faults else None
         if fault == "error_500":
-            return self._closing(web.Response(status=500, text="Internal Server Error"))
+            return _failure(request)
         if fault == "unavailable":
             return web.json_response({"detail": "The request queue is full."}, status=503)
         if fault == "drop_before":
@@ -169,7 +169,7 @@ class FakeSGLang:
     ) -> web.StreamResponse | None:
         """What the real server does with a request that it cannot serve: 400, 500, or death."""
         if set(params) - KNOWN_PARAMS:
-            return self._closing(web.Response(status=500, text="Internal Server Error"))
+            return _failure(request)
         total = len(ids) + params["max_new_tokens"]
         reason = None
         if not ids:
@@ -338,13 +338,15 @@ class FakeSGLang:
         asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.stop()))
         _break(request)
 
-    @staticmethod
-    def _closing(response: web.Response) -> web.Response:
-        response.force_close()
-        return response
-
     def _is_at_least(self, patch: int) -> bool:
         return int(self.version.split(".")[2]) >= patch
+
+
+def _failure(request: web.Request) -> web.Response:
+    """An answer of status 500, after which the connection closes without having said so."""
+    if request.transport is not None:
+        asyncio.get_running_loop().call_later(0.02, request.transport.abort)
+    return web.Response(status=500, text="Internal Server Error")
 
 
 def _break(request: web.Request) -> None:

@@ -52,8 +52,7 @@ def run_forward_backward(
     """Forward and backward over all micro-batches, gradients finalized over all ranks.
 
     The loss of the step is the sum over micro-batches and ranks (data and context parallel): nothing divides by a
-    count, because the
-    third value handed to Megatron (the token count) is 0 and ``calculate_per_token_loss`` is set.
+    count, because the third value handed to Megatron (the token count) is 0 and ``calculate_per_token_loss`` is set.
 
     Returns:
         What ``loss`` handed back, by micro-batch, on the last pipeline stage; an empty list elsewhere.

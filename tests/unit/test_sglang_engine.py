@@ -188,7 +188,7 @@ def test_a_full_server_gives_its_sessions_to_one_with_room() -> None:
                     await asyncio.sleep(0.005)
                 await engine.generate(ask("1-0-0/0/1"))
                 assert len(two.received) == 1 and engine.stats.num_moved_sessions == 1
-                await engine.abort("1-0-0/0/0")
+                await engine.abort(["1-0-0/0/0"])
                 assert (await hanging).finish_reason == "abort"
 
     run(body)
@@ -212,6 +212,27 @@ def test_requests_of_a_dead_server_go_to_another_which_shares_them_once_it_is_ba
                 before = len(one.received)
                 await asyncio.gather(*(engine.generate(ask(f"2-0-{i}/0/0", (6, i))) for i in range(4)))
                 assert len(one.received) > before
+
+    run(body)
+
+
+def test_a_restarted_server_serves_again_once_it_has_the_current_weights() -> None:
+    async def body() -> None:
+        async with FakeSGLang(weight_version="4") as one, FakeSGLang(weight_version="4") as two:
+            async with engine_of(one, two) as engine:
+                engine.note_version(4)
+                await engine.generate(ask())
+                await one.stop()
+                while not engine.stats.take_metrics()["engine/servers_down"]:
+                    await asyncio.sleep(0.01)
+                one.weight_version, before = "default", one.num_health_checks
+                await one.start()
+                while one.num_health_checks < before + 4:
+                    await asyncio.sleep(0.01)
+                assert engine.stats.take_metrics()["engine/servers_down"] == 1
+                one.weight_version = "4"
+                while engine.stats.take_metrics()["engine/servers_down"]:
+                    await asyncio.sleep(0.01)
 
     run(body)
 
@@ -270,7 +291,7 @@ def test_an_abort_that_overtakes_its_request_is_repeated() -> None:
             task = asyncio.create_task(engine.generate(ask(new=100)))
             while not server.received:
                 await asyncio.sleep(0.005)
-            await engine.abort("1-0-0/0/0")
+            await engine.abort(["1-0-0/0/0"])
             assert task.done() or (await asyncio.wait_for(task, 0.1))
             assert task.result().finish_reason == "abort" and len(server.aborted) == 2
 
@@ -426,7 +447,7 @@ def test_a_router_gets_the_requests_and_the_servers_the_rest() -> None:
                 task = asyncio.create_task(engine.generate(ask("1-0-0/0/1", new=50)))
                 while len(router.received) < 2:
                     await asyncio.sleep(0.005)
-                await engine.abort("1-0-0/0/1")
+                await engine.abort(["1-0-0/0/1"])
                 rid = router.received[1][0]
                 assert set(one.aborted) == set(two.aborted) == {rid} and router.aborted == []
                 assert router.routing_keys == ["1-0-0", "1-0-0"] and rid.split("_t")[0].endswith("1-0-0")

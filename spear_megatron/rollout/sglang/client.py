@@ -25,8 +25,6 @@ from spear_megatron.rollout.sglang.protocol import (
 _CONNECT_S = 10.0
 _ABORT_S = 10.0
 _POLL_S = 0.005
-# uvicorn closes a connection that was idle for 5 s; one that is taken at that moment loses its request.
-_KEEP_ALIVE_S = 3.0
 _PASSING_STATUS = (429, 500, 502, 503, 504)
 ROUTING_HEADER = "X-SMG-Routing-Key"
 
@@ -229,10 +227,7 @@ class ServerClient:
     async def _send(self, payload: dict[str, Any], session: str) -> tuple[int, str]:
         headers = {ROUTING_HEADER: session} if session.isascii() and session.isprintable() else {}
         async with self._client().post(f"{self.url}/generate", json=payload, headers=headers) as response:
-            text = await response.text()
-            if response.status >= 500:
-                response.close()  # the server closes it too, but not at once
-            return response.status, text
+            return response.status, await response.text()
 
     async def _refused(self, rid: str, status: int, message: str) -> None:
         """RequestLost for an answer with an error status."""
@@ -267,7 +262,9 @@ class ServerClient:
     def _client(self) -> aiohttp.ClientSession:
         if self._http is None:
             # No limit of connections: the slots bound the requests, and aborts must never wait behind them.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+            # No connection is kept: the server closes them unannounced, after 5 idle seconds and after an error, and a
+            # request on one that it is closing would be lost. Beside a generation the handshake is nothing.
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
             self._http = aiohttp.ClientSession(connector=connector, timeout=timeout)
         return self._http
