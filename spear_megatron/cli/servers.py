@@ -77,8 +77,8 @@ class Publishing:
     send: Callable[[int], Published | None]
     gpus: SharedGpus | None
 
-    def publish(self, version: int) -> None:
-        """Send the weights of ``version``; raises what ``send`` raises."""
+    def publish(self, version: int) -> Published | None:
+        """Send the weights of ``version``, and what came of it; raises what ``send`` raises."""
         fleet = self.servers.fleet
         with contextlib.ExitStack() as stack:
             if self.gpus is not None:
@@ -90,6 +90,7 @@ class Publishing:
             if fleet is not None and outcome is not None:
                 restore = None if outcome.folder is None else restore_from_disk(outcome.folder, version)
                 fleet.took(version, outcome.fresh, outcome.stale, restore)
+            return outcome
 
     def to_training(self) -> None:
         """Generation is over until the next publication."""

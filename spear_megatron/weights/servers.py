@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,10 +21,16 @@ COLLATERAL = "its group of broadcasts was broken by another server"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server that takes part in an update; ``tp_size`` is its tensor-parallel size."""
+    """A server that takes part in an update.
+
+    Attributes:
+        tp_size: its tensor-parallel size.
+        label: version that it named before; a restarted server has forgotten the last one.
+    """
 
     url: str
     tp_size: int
+    label: str = field(default="", compare=False)
 
 
 class ServerGroup:
@@ -92,7 +98,7 @@ def find_targets(group: ServerGroup, urls: Sequence[str], shape: ModelShape) -> 
         problem = model_problem(info.model_path, shape)
         if problem is not None:
             group.fail(url, problem)
-    return [Target(url, infos[url].tp_size) for url in group.healthy(infos)]
+    return [Target(url, infos[url].tp_size, infos[url].weight_version) for url in group.healthy(infos)]
 
 
 def model_problem(folder: str, shape: ModelShape) -> str | None:

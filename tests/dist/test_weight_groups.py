@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ class Joining:
     def init_group(self, *, port: int, name: str, rank_offset: int, timeout_s: float, **_: Any) -> None:
         if self.behaviour == "refuses":
             raise EngineError("HTTP 400: the group name is taken")
-        store = dist.TCPStore("127.0.0.1", port)
+        store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=20))
         if self.behaviour == "joins":
             store.set(f"{name}/{name}//cpu//0/{rank_offset}", "address")  # as gloo announces itself
         try:
@@ -126,7 +127,7 @@ def _lead(parallel: Any, plan: Any, num_steps: int) -> list[list[float]]:
     group = ServerGroup(timeout_s=20.0, connect=lambda url: Remote())  # type: ignore[arg-type, return-value]
     way = DistributedWay(group, torch.float32, torch.device("cpu"), leader=0, address=None, run_name="r", turns=None)
     for step in range(num_steps):
-        way.begin([Target("http://localhost:1", 1)], step)
+        way.begin([Target("http://localhost:1", 1, str(step - 1))], step)
         for bucket in plan.buckets:
             send = way.send_closing if bucket is plan.closing else way.send
             flat = torch.full((bucket.num_bytes // 4,), float(10 * step + bucket.index))
@@ -137,8 +138,6 @@ def _lead(parallel: Any, plan: Any, num_steps: int) -> list[list[float]]:
 
 
 def _follow(parallel: Any, plan: Any, num_steps: int) -> list[list[float]]:
-    from datetime import timedelta
-
     from torch.distributed import distributed_c10d as c10d
 
     port, name, size = parallel.store.get("place").decode().split()
@@ -160,3 +159,26 @@ def _follow(parallel: Any, plan: Any, num_steps: int) -> list[list[float]]:
 def test_a_group_is_formed_once_and_carries_every_bucket() -> None:
     _, received = run_ranks(_broadcast, 2, 2)
     assert received == [[0.0] * 3, [1.0] * 2, [10.0] * 3, [11.0] * 2]
+
+
+def test_a_group_is_formed_anew_when_a_server_was_restarted_or_another_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    formed: list[tuple[str, ...]] = []
+    closed: list[str] = []
+
+    class Group:
+        def __init__(self, servers: Any, targets: Any, *, name: str, **_: Any) -> None:
+            self.targets, self.name = tuple(targets), name
+            formed.append(tuple(target.url for target in targets))
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    monkeypatch.setattr("spear_megatron.weights.ways.distributed.BroadcastGroup", Group)
+    servers = ServerGroup(timeout_s=5.0)
+    way = DistributedWay(servers, torch.float32, torch.device("cpu"), leader=0, address=None, run_name="r", turns=None)
+    way.begin([Target("a", 1, "default"), Target("b", 1, "default")], 1)
+    way.begin([Target("a", 1, "1"), Target("b", 1, "1")], 2)
+    assert formed == [("a", "b")]
+    way.begin([Target("a", 1, "2"), Target("b", 1, "default")], 3)  # b was restarted
+    way.begin([Target("a", 1, "3")], 4)
+    assert formed == [("a", "b"), ("a", "b"), ("a",)] and len(set(closed)) == 2

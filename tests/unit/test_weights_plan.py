@@ -41,7 +41,9 @@ def test_every_tensor_travels_once_in_order_and_within_the_limit(
 
 
 @given(shapes=SHAPES, dtype=DTYPES, limit=st.integers(1, 5000), owners=st.integers(1, 5))
-def test_owners_differ_by_less_than_one_bucket(shapes, dtype, limit, owners) -> None:  # type: ignore[no-untyped-def]
+def test_owners_differ_by_less_than_one_bucket(
+    shapes: Any, dtype: torch.dtype, limit: int, owners: int
+) -> None:
     plan = plan_sync(shapes, dtype, limit_bytes=limit, num_owners=owners)
     assert plan == plan_sync(dict(shapes), dtype, limit_bytes=limit, num_owners=owners)
     loads = [sum(b.num_bytes for b in plan.buckets if b.owner == rank) for rank in range(owners)]

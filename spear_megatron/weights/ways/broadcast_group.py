@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from spear_megatron.rollout.engine import EngineError
+from spear_megatron.rollout.sglang.control import ControlClient
 from spear_megatron.weights.servers import ServerGroup, Target
 
 _POLL_S = 0.02
@@ -100,19 +102,27 @@ class BroadcastGroup:
     def _await_announced(self, joins: dict[str, Future[None]], end: float) -> None:
         """Wait until every server rank has written its address to the store (gloo; nccl connects at first use)."""
         while (missing := self._missing_ranks()) and time.monotonic() < end:
-            self._check(joins, wait=False)
+            if all(self._has_come(url, missing) or join.done() for url, join in joins.items()):
+                break
             time.sleep(_POLL_S)
+        # Not earlier: a server that finds the store closed already would try to reach it for as long as torch lets it.
+        self._check(joins, wait=False)
         if missing:
-            absent, offset = [], 1
-            for target in self.targets:
-                if missing & set(range(offset, offset + target.tp_size)):
-                    absent.append(target.url)
-                offset += target.tp_size
+            absent = [target.url for target in self.targets if not self._has_come(target.url, missing)]
             reason = (
                 f"did not join the group {self.name} within {self._timeout.total_seconds():g} s; can it reach "
                 "actor_rollout_ref.rollout.sglang.weights.master_address?"
             )
             raise JoinError({url: f"{url} {reason}" for url in absent})
+
+    def _has_come(self, url: str, missing: set[int]) -> bool:
+        """Whether all tensor ranks of a server are in the store."""
+        offset = 1
+        for target in self.targets:
+            if target.url == url:
+                return not missing & set(range(offset, offset + target.tp_size))
+            offset += target.tp_size
+        raise KeyError(url)
 
     def _missing_ranks(self) -> set[int]:
         if self._backend != "gloo":
@@ -142,8 +152,13 @@ class BroadcastGroup:
         nothing before this side has left. gloo leaves when a broadcast under way is done, or late.
         """
         urls = [target.url for target in self.targets]
+
+        def leave(client: ControlClient) -> None:
+            with contextlib.suppress(EngineError):  # a restarted server has left it already
+                client.destroy_group(self.name)
+
         with ThreadPoolExecutor(1, thread_name_prefix="leave") as threads:
-            told = threads.submit(self._servers.each, urls, lambda client: client.destroy_group(self.name))
+            told = threads.submit(self._servers.each, urls, leave)
             dist.destroy_process_group(self._group)
             self._store = None
             told.result()

@@ -93,12 +93,13 @@ class DistributedWay:
         return host_bytes(num_bytes)
 
     def begin(self, targets: Sequence[Target], version: int) -> None:
-        """Form this leader's group, unless it has one with just these servers."""
+        """Form this leader's group, unless it has one with just these servers, none of which was restarted since."""
+        restarted = any(target.label != str(self._version) for target in targets)
         self._version = version
         self._targets = tuple(targets)
         update = next(self._updates)
         self._turns = self._turns_of(f"weights/turn/{update}") if self._turns_of else None
-        if self._broadcasts is not None and self._broadcasts.targets != self._targets:
+        if self._broadcasts is not None and (restarted or self._broadcasts.targets != self._targets):
             self._broadcasts.close()
             self._broadcasts = None
         if self._broadcasts is None:
