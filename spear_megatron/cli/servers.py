@@ -43,13 +43,14 @@ def open_rollout_servers(
 def server_spec(config: Config, parallel: ParallelState, shape: ModelShape, max_model_len: int) -> ServerSpec:
     """What a started server serves."""
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    on_cpu = computes_on_cpu(rollout.sglang.launch, parallel)
     return ServerSpec(
         model_path=model.path,
         dtype=str(model.torch_dtype).removeprefix("torch."),
         context_length=min(max_model_len + RESERVED_TOKENS, shape.max_position_embeddings),
         max_running_requests=rollout.sglang.max_in_flight or rollout.max_num_seqs,
-        memory_saver=rollout.sglang.colocated,
-        on_cpu=computes_on_cpu(rollout.sglang.launch, parallel),
+        memory_saver=rollout.sglang.colocated and not on_cpu,  # there is no such library for the CPU
+        on_cpu=on_cpu,
     )
 
 
@@ -60,7 +61,13 @@ def shared_gpus(
     sglang = config.actor_rollout_ref.rollout.sglang
     if not sglang.colocated:
         return None
-    return SharedGpus(parallel, servers.fleet, StateOffload(optimizer), timeout_s=sglang.control_timeout_s)
+    return SharedGpus(
+        parallel,
+        servers.fleet,
+        StateOffload(optimizer),
+        timeout_s=sglang.control_timeout_s,
+        cache_first=sglang.weights.probe_prompts > 0,  # a probe is scored by the servers within the publication
+    )
 
 
 @dataclass(frozen=True)

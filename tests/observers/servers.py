@@ -77,11 +77,6 @@ def command(config: Config, scratch: Path) -> Any:
     return server_command(launch, spec, 1), sorted(added.items())
 
 
-def started(servers: Any, scratch: Path) -> Any:
-    """Whether servers may release memory, by what they were told."""
-    return ["--enable-memory-saver" in arguments for arguments, _ in starts(scratch)]
-
-
 def kind(config: Config, scratch: Path) -> Any:
     """What starts the servers; without Ray installed its choice is refused."""
     from spear_megatron.cli.servers import server_spec
@@ -183,7 +178,7 @@ def plain(body: Callable[[Config, Path], Any], *values: str, given: tuple[str, .
 
 _ON_GPU = (f"{_LAUNCH}.device=cuda",)
 OBSERVERS: Observers = {
-    f"{_SGLANG}.colocated": observer(started, "false", "true"),
+    f"{_SGLANG}.colocated": plain(command, "false", "true", given=(f"{_LAUNCH}.device=cuda",)),
     f"{_LAUNCH}.num_servers": observer(number, "1", "2"),
     f"{_LAUNCH}.python": plain(command, "{scratch}/stand_in_python", "{scratch}/other_python"),
     f"{_LAUNCH}.backend": plain(kind, "process", "ray"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import psutil
 import pytest
 from fleet import launch_config, processes_of, until
 
+from spear_megatron.__main__ import main
 from spear_megatron.cli.agents import load_renderer, open_agents, samplings
 from spear_megatron.cli.servers import Publishing
 from spear_megatron.cli.session import open_parallel
@@ -18,8 +20,10 @@ from spear_megatron.config.schema import Config
 from spear_megatron.data.prompts import load_prompts
 from spear_megatron.model.hf_folder import HFWeights
 from spear_megatron.model.shape import ModelShape
+from spear_megatron.observability.record import read_record
 from spear_megatron.rollout.collect import Tasks
 from spear_megatron.types import Trajectory
+from spear_megatron.weights.publisher import Published
 
 _SGLANG = "actor_rollout_ref.rollout.sglang"
 
@@ -49,6 +53,34 @@ def sampled(tasks_of: list[Trajectory]) -> list[int]:
     return versions
 
 
+def test_a_run_with_a_server_of_its_own_takes_turns_with_it(tiny_folder: Path, tmp_path: Path) -> None:
+    run_dir, key = tmp_path / "run", _SGLANG
+    command = [
+        "train", f"actor_rollout_ref.model.path={tiny_folder}", "actor_rollout_ref.model.dtype=fp32",
+        f"trainer.default_local_dir={run_dir}", "trainer.num_threads=1", "trainer.total_training_steps=2",
+        "trainer.test_freq=-1", "trainer.val_before_train=false", "trainer.save_freq=-1", "trainer.save_hf=false",
+        "trainer.logger=[]", "data.generator.levels=[1]", "data.generator.num_train=8", "data.train_batch_size=2",
+        "data.max_prompt_length=128", "data.max_response_length=48", "actor_rollout_ref.rollout.n=2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
+        "env.sandbox.preload=[]", "actor_rollout_ref.rollout.name=sglang", f"{key}.colocated=true",
+        f"{key}.weights.way=disk", f"{key}.launch.python={launch_config().python}",
+        f"{key}.launch.args={{max-total-tokens: 4096}}",
+    ]  # fmt: skip
+    assert main(command) == 0
+    steps = [line for line in read_record(run_dir) if line["step"] > 0]
+    assert [line["sglang/servers"] for line in steps] == [1.0, 1.0]
+    assert [line["sglang/restarts"] for line in steps] == [0.0, 0.0]
+    log = (run_dir / "sglang" / "server_0" / "attempt_0.log").read_text(errors="replace")
+    asked = re.findall(r"POST /(\w*memory_occupation|update_weights_from_disk|flush_cache\?timeout)", log)
+    update = "update_weights_from_disk"
+    turns = [word.partition("_memory")[0] for word in asked if word != "flush_cache?timeout"]
+    assert turns == [update, *["release", "resume", update] * 2]
+    releases = [index for index, word in enumerate(asked) if word.startswith("release")]
+    assert all(asked[index - 1] == "flush_cache?timeout" for index in releases)
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(run_dir) in command]
+
+
 @pytest.mark.slow
 def test_a_step_completes_though_one_of_two_servers_is_killed_in_it(tiny_folder: Path, tmp_path: Path) -> None:
     config = config_of(tiny_folder, tmp_path / "run")
@@ -60,9 +92,10 @@ def test_a_step_completes_though_one_of_two_servers_is_killed_in_it(tiny_folder:
         assert fleet is not None and engine is not None and len(agents.servers.urls) == 2
         servers = [processes_of(url) for url in agents.servers.urls]
 
-        def send(version: int) -> None:
+        def send(version: int) -> Published:
             with HFWeights.open(tiny_folder, shape) as weights:
                 engine.update_weights(((name, weights.read(name)) for name in shape.parameter_shapes()), version)
+            return Published(version, agents.servers.urls, {}, resends=0, num_bytes=0, peak_bytes=0)
 
         publishing = Publishing(agents.servers, send, None)
         publishing.publish(3)

@@ -36,11 +36,11 @@ class EpisodeHost:
             return True, None
         if method == "close":
             return await self._close(episode)
-        if method == "reset":
-            self._episodes[episode] = self._make()
-        task = asyncio.ensure_future(getattr(self._episodes[episode], method)(argument))
-        self._running[episode] = task
         try:
+            if method == "reset":
+                self._episodes[episode] = self._make()
+            task = asyncio.ensure_future(getattr(self._episodes[episode], method)(argument))
+            self._running[episode] = task
             return True, await task
         except asyncio.CancelledError:
             return False, "the episode was closed"
