@@ -102,7 +102,8 @@ class BroadcastGroup:
     def _await_announced(self, joins: dict[str, Future[None]], end: float) -> None:
         """Wait until every server rank has written its address to the store (gloo; nccl connects at first use)."""
         while (missing := self._missing_ranks()) and time.monotonic() < end:
-            if all(self._has_come(url, missing) or join.done() for url, join in joins.items()):
+            refused = {url for url, join in joins.items() if join.done() and join.exception() is not None}
+            if all(self._has_come(url, missing) or url in refused for url in joins):
                 break
             time.sleep(_POLL_S)
         # Not earlier: a server that finds the store closed already would try to reach it for as long as torch lets it.
