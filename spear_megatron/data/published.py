@@ -42,6 +42,8 @@ Convert = Callable[[Mapping[str, Any], str], Converted]
 def problem_converter(dataset: str, *, aime: bool) -> Convert:
     """Rows of ``problem`` and ``answer``, or of verl's ``prompt`` and ``reward_model.ground_truth``, as task rows.
 
+    Published copies also have ``Problem`` and ``Answer``, or ``label`` for the answer.
+
     The id follows from the problem's text alone, so it is the same whatever file the problem came from. Integers are
     written plainly (``033`` as ``33``), other answers without surrounding space. With ``aime`` an answer must be an
     integer from 0 to 999.
@@ -123,9 +125,10 @@ def _call(text: str, code: str) -> dict[str, Any]:
 
 
 def _final(text: str, answer: str) -> dict[str, Any]:
-    if last_boxed(answer) is None:
+    content = f"{text}\n\n{answer.strip()}".strip()
+    if last_boxed(content) is None:
         raise Unusable("no boxed answer")
-    return {"role": "assistant", "content": f"{text}\n\n{answer.strip()}".strip()}
+    return {"role": "assistant", "content": content}
 
 
 def _problem(row: Mapping[str, Any], where: str) -> str:
@@ -143,7 +146,7 @@ def _problem(row: Mapping[str, Any], where: str) -> str:
 
 
 def _answer(row: Mapping[str, Any], where: str) -> str:
-    key = next((key for key in ("answer", "Answer") if key in row), None)
+    key = next((key for key in ("answer", "Answer", "label") if key in row), None)
     value = row[key] if key is not None else None
     if key is None:
         key, model = "reward_model.ground_truth", row.get("reward_model")

@@ -11,13 +11,17 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from spear_megatron.__main__ import main
 from spear_megatron.data.prepare import CONFLICT, DUPLICATE, Manifest, prepare_dataset
 from spear_megatron.data.prompts import DataConfig, load_prompts
+from spear_megatron.data.published import Unusable, convert_retool
 from spear_megatron.data.sft import load_conversations
 from spear_megatron.data.sources import find_source, read_rows
 from spear_megatron.environments.code_interpreter import TOOL_SCHEMA
+from spear_megatron.rewards.answers import last_boxed
 
 
 def dapo(problem: str, answer: Any) -> dict[str, Any]:
@@ -65,12 +69,13 @@ def test_copies_that_disagree_are_left_out_and_counted(tmp_path: Path) -> None:
     assert manifest.rows_read == manifest.rows_written + sum(manifest.dropped.values())
 
 
-def test_both_forms_of_aime_files_give_the_same_rows(tmp_path: Path) -> None:
+def test_all_forms_of_aime_files_give_the_same_rows(tmp_path: Path) -> None:
     capital = [{"ID": "2024-II-4", "Problem": "P?", "Answer": 33}, {"ID": "2024-I-1", "Problem": "Q?", "Answer": 0}]
     plain = [{"problem": "P?", "answer": "033"}, {"problem": "Q?", "answer": "0"}]
     verl = [{"prompt": f"{p}?", "reward_model": {"ground_truth": truth}} for p, truth in (("P", "33"), ("Q", 0))]
-    found = [prepared(tmp_path, "aime-2024", rows * 32)[1] for rows in (capital, plain, verl)]
-    assert found[0] == found[1] == found[2] and [row["answer"] for row in found[0]] == ["33", "0"]
+    label = [{"prompt": [{"role": "user", "content": p}], "label": truth} for p, truth in (("P?", "33"), ("Q?", "0"))]
+    found = [prepared(tmp_path, "aime-2024", rows * 32)[1] for rows in (capital, plain, verl, label)]
+    assert found[0] == found[1] == found[2] == found[3] and [row["answer"] for row in found[0]] == ["33", "0"]
 
 
 def test_training_reads_what_is_written(tmp_path: Path) -> None:
@@ -135,6 +140,28 @@ UNUSABLE = {
     "unbalanced tags": retool(f"<code>print(1) <interpreter>1</interpreter>{GOOD}"),
     "empty program": retool(f"<code>```python\n```</code><interpreter></interpreter>{GOOD}"),
 }
+
+
+PIECES = (
+    "<code>", "</code>", "<interpreter>", "</interpreter>", "<answer>", "</answer>", "\\boxed{1}",
+    "```python\n", "```", "x ",
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_any_solution_becomes_a_conversation_or_a_reason(solution: str) -> None:
+    row = retool(solution or "x")
+    try:
+        messages = convert_retool(row, "here").row["messages"]
+    except Unusable as reason:
+        assert str(reason) in {*UNUSABLE}
+        return
+    roles = [message["role"] for message in messages]
+    assert roles == ["user", *["assistant", "tool"] * ((len(roles) - 2) // 2), "assistant"]
+    calls = [message for message in messages if message.get("tool_calls")]
+    assert len(calls) == roles.count("tool") == solution.count("<interpreter>")
+    assert last_boxed(messages[-1]["content"]) is not None and "tool_calls" not in messages[-1]
 
 
 def test_solutions_of_another_form_are_left_out_by_reason(tmp_path: Path) -> None:
