@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 SGLANG_VENV ?= .venv-sglang
 
-.PHONY: setup sglang-server cuda gpu-check quickstart test test-fast layouts kill-demo bench study docs clean
+.PHONY: setup sglang-server cuda gpu-check quickstart test test-fast layouts kill-demo bench study docs clean bench-kernels
 
 setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
 
@@ -51,6 +51,12 @@ bench: setup  ## every benchmark of the README, one after the other
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_policy_loss.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_sandbox.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_replay.py
+
+bench-kernels: setup  ## the kernel benchmarks on an idle machine, and docs/benchmarks.md out of them
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_kernels.py --compile
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_policy_loss.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_lm_head.py
+	$(BIN)/python tools/benchmark_page.py
 
 study: setup  ## comparison of the methods over seeds: tuned, run, reported in docs/study.md (hours)
 	$(BIN)/python tools/study.py --tune

@@ -9,6 +9,7 @@ void register_decoder(py::module_&);
 void register_policy_loss(py::module_&);
 void register_cov_select(py::module_&);
 void register_row_emulation(py::module_&);
+void register_softmax_merge(py::module_&);
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled CPU kernels of spear_megatron; use them through spear_megatron.kernels.";
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_C, module) {
     register_policy_loss(module);
     register_cov_select(module);
     register_row_emulation(module);
+    register_softmax_merge(module);
 }

@@ -1,4 +1,5 @@
-// The tokens that Clip-Cov and KL-Cov act on: the k candidates that are smallest by key (or by minus covariance). Exact; neither threads nor the instruction set have an effect on a result.
+// The tokens that Clip-Cov and KL-Cov act on: the k candidates that are smallest by key (or by minus covariance).
+// Exact; neither threads nor the instruction set have an effect on a result.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,6 +15,7 @@
 #include <immintrin.h>
 #endif
 
+#include "cov_math.h"
 #include "dtype.h"
 #include "isa.h"
 #include "key_select.h"
@@ -24,7 +26,6 @@ namespace spear {
 namespace {
 
 constexpr int64_t kBlockTokens = 2048;
-constexpr int64_t kSumLanes = 16;
 
 struct CovInputs {
     const float* log_probs;

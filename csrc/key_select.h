@@ -40,10 +40,11 @@ struct WordSearch {
     uint32_t rank;   // 1-based, among the words that are left
     int shift;
     bool done;
+    bool tied;  // done, and more words equal `last` than are to be taken: `rank` of them are
 };
 
 // The search for the `k`-th smallest word, 1 <= k <= number of words.
-SPEAR_HOST_DEVICE inline WordSearch word_search(uint32_t k) { return {0, 0, k, 64 - kDigitBits, false}; }
+SPEAR_HOST_DEVICE inline WordSearch word_search(uint32_t k) { return {0, 0, k, 64 - kDigitBits, false, false}; }
 
 SPEAR_HOST_DEVICE inline bool is_left(const WordSearch& search, uint64_t word) {
     return (word & search.fixed) == search.last;
@@ -53,21 +54,29 @@ SPEAR_HOST_DEVICE inline uint32_t digit(const WordSearch& search, uint64_t word)
     return static_cast<uint32_t>(word >> search.shift) & (kDigits - 1);
 }
 
-// The next step, from the histogram [kDigits] of the digits of the words that are left. Digits of neighbouring steps
-// may share bits at the low end, where 64 is no multiple of the digit: fixed ones then agree in all words left.
-SPEAR_HOST_DEVICE inline WordSearch narrowed(WordSearch search, const uint32_t* histogram) {
-    uint32_t bin = 0;
-    while (histogram[bin] < search.rank) search.rank -= histogram[bin++];
+// The next step, where the k-th of the words that are left lies in `bin` with `inside` words, after `before` others.
+// Digits of neighbouring steps may share bits at the low end, where 64 is no multiple of the digit: fixed ones then
+// agree in all words left.
+SPEAR_HOST_DEVICE inline WordSearch narrowed_to(WordSearch search, uint32_t bin, uint32_t before, uint32_t inside) {
+    search.rank -= before;
     search.last |= static_cast<uint64_t>(bin) << search.shift;
     search.fixed |= static_cast<uint64_t>(kDigits - 1) << search.shift;
-    search.done = search.shift == 0 || histogram[bin] == search.rank;
+    search.tied = search.shift == 0 && inside != search.rank;
+    search.done = search.shift == 0 || inside == search.rank;
     if (search.done) search.last |= ~search.fixed;
     search.shift = search.shift > kDigitBits ? search.shift - kDigitBits : 0;
     return search;
 }
 
-// Takes a search to its end among `count` words on the host, of which some may be out already; `histogram` is scratch of
-// kDigits.
+// The next step, from the histogram [kDigits] of the digits of the words that are left.
+SPEAR_HOST_DEVICE inline WordSearch narrowed(const WordSearch& search, const uint32_t* histogram) {
+    uint32_t bin = 0, before = 0;
+    while (before + histogram[bin] < search.rank) before += histogram[bin++];
+    return narrowed_to(search, bin, before, histogram[bin]);
+}
+
+// Takes a search to its end among `count` words on the host, of which some may be out already; `histogram` is scratch
+// of kDigits.
 inline WordSearch finished(WordSearch search, const uint64_t* words, int64_t count, uint32_t* histogram) {
     while (!search.done) {
         for (int i = 0; i < kDigits; ++i) histogram[i] = 0;

@@ -18,6 +18,7 @@ COMMANDS = {
     "view": "show the trajectories that a run kept",
     "plot": "draw the curves of one or several runs",
     "chat": "talk to a trained agent",
+    "replay-dump": "compute a saved batch again and compare its log-probs",
     "doctor": "check this machine, or look for failure patterns in a run",
 }
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name == chosen:
-            module = importlib.import_module(f"spear_megatron.cli.{name}")
+            module = importlib.import_module(f"spear_megatron.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
             command.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
     args = parser.parse_args(arguments)

@@ -155,6 +155,8 @@ class Row:
         ids: int32 [n]; response_mask: bool [n]; rollout_log_probs: float32 [n].
         advantages: float32 [n], 0 where the mask is False.
         old_log_probs, ref_log_probs: float32 [n] or None while not yet computed.
+        policy_versions: int32 [n], version of the weights that sampled ``ids[t]``, -1 off the mask; None if unknown.
+        first_turn: 1-based turn of its first sampled token within the trajectory.
     """
 
     trajectory: TrajectoryId
@@ -165,11 +167,15 @@ class Row:
     advantages: torch.Tensor
     old_log_probs: torch.Tensor | None = None
     ref_log_probs: torch.Tensor | None = None
+    policy_versions: torch.Tensor | None = None
+    first_turn: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Rows packed back to back into one THD sequence of ``T`` tokens, padded at the end by a zero-weight dummy.
+
+    Under context parallelism a rank computes on its own part of the tokens; ``cu_seqlens`` stays that of all.
 
     Attributes:
         tokens, targets, position_ids: int64 [T]; ``targets[t]`` is the token that follows ``tokens[t]`` in its row.

@@ -24,8 +24,26 @@ def write_report(path: Path, results: Any, **facts: Any) -> None:
 
     from spear_megatron.kernels import available
 
-    machine = platform.processor() or platform.machine()
-    report = {**facts, "torch": torch.__version__, "kernels": available(), "machine": machine, "results": results}
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        **facts,
+        "torch": torch.__version__,
+        "kernels": available(),
+        "machine": machine(),
+        "results": results,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1))
     print(f"\nwritten to {path}")
+
+
+def machine() -> str:
+    """Name of the processor, and how many of its cores are here."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        found = {key.strip(): value.strip() for key, value in fields.items()}
+        if "model name" in found:
+            name = f"{found['model name']} (family {found.get('cpu family', '?')} model {found.get('model', '?')})"
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,10 +1,11 @@
-"""Time the CUDA kernels of token_logprobs against other ways to the same results, and against copying.
+"""Time the CUDA kernels against other ways to the same results, and those of token_logprobs against copying.
 
     python tools/bench_gpu_kernels.py --json outputs/bench/gpu_kernels.json
 
 Every contender runs once per round, timed by CUDA events on logits of its own, after a buffer larger than the L2 cache
 was overwritten; figures are medians over the rounds. The fraction is (bytes that the pass must move / time) / (copy
 bandwidth of the same rounds): the forward pass reads the logits once, the backward pass reads and writes them once.
+Selection by covariance and policy loss follow (bench_gpu_policy.py), in microseconds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import bench_gpu_policy  # noqa: E402
+
 Results = tuple[Any, Any]
 Function = Callable[[Any, Any], Results]
 Sampler = Callable[["Clock", Any, Any], tuple[float, float]]
@@ -28,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8192, help="tokens T")
     parser.add_argument("--vocab", type=int, nargs="+", default=[152064, 38016, 19008], help="columns V of this rank")
+    parser.add_argument("--tokens", type=int, nargs="*", default=bench_gpu_policy.TOKENS, help="sizes of the loss")
     parser.add_argument("--rounds", type=int, default=21, help="interleaved samples of each contender")
     parser.add_argument("--json", type=Path, default=Path("outputs/bench/gpu_kernels.json"), help="result file")
     arguments = parser.parse_args()
@@ -224,17 +230,21 @@ def main() -> int:
         return 1
     samplers, skipped = contenders()
     results = [measure(samplers, arguments.rows, vocab, arguments.rounds) for vocab in arguments.vocab]
+    policy = [bench_gpu_policy.measure(Clock().time, tokens, arguments.rounds) for tokens in arguments.tokens]
     report = {
         "device": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "rounds": arguments.rounds,
         "results": results,
+        "policy": policy,
+        "policy_targets": bench_gpu_policy.targets(policy),
         "not_run": skipped,
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report, indent=1))
     print_table(results, skipped)
+    bench_gpu_policy.print_table(policy)
     print(f"\n{report['device']}; written to {arguments.json}")
     return 0
 

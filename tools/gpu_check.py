@@ -106,6 +106,7 @@ def print_summary(steps: list[Step], benchmark: Path) -> None:
                     reached = item["fraction_of_copy"]
                     mark = "reached" if reached >= KERNEL_TARGET else f"below {KERNEL_TARGET}"
                     print(f"{result['shape']} {item['pass']}: {reached:.2f} of the copy bandwidth, {mark}")
+        print("\n".join(report["policy_targets"]))
 
 
 if __name__ == "__main__":

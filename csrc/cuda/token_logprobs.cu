@@ -5,12 +5,12 @@
 #include <cuda_runtime.h>
 
 #include "../row_threads.h"
+#include "block_reduce.h"
 #include "float16.h"
 
 namespace spear {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr int kBlocksPerProcessor = 2;           // bounds the registers: two full blocks must fit
@@ -34,18 +34,6 @@ struct Logits {
         return local >= 0 && local < columns ? static_cast<int>(local) : -1;
     }
 };
-
-__device__ float max_of_warp(float value) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
-    }
-    return value;
-}
-
-__device__ double sum_of_warp(double value) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-    return value;
-}
 
 // The union of what all threads of the block hold, in thread 0: every state moves to the common maximum, after which
 // merging is adding.

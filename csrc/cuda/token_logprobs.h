@@ -1,10 +1,7 @@
-// C interface of the CUDA library. Pointers are device memory of `device`, strides and columns count elements, `stream`
-// is a cudaStream_t; dtype: 0 fp32, 1 bf16, 2 fp16. Functions return a cudaError_t; they neither wait nor allocate.
+// C interface of token_logprobs on CUDA. Strides and columns count elements; dtype: 0 fp32, 1 bf16, 2 fp16.
 #pragma once
 
-#include <cstdint>
-
-#define SPEAR_EXPORT extern "C" __attribute__((visibility("default")))
+#include "library.h"
 
 // stats[rows][4] = (max, sum exp, sum exp * (x - max), target logit or -inf where the row does not hold it).
 SPEAR_EXPORT int spear_token_logprobs_forward(int device, void* stream, const void* logits, int dtype, int64_t rows,

@@ -104,6 +104,9 @@ def select_tokens(
 ) -> Selection:
     """Choose tokens among the rows of all data-parallel ranks; every rank calls this with its own rows.
 
+    Tokens on a device are copied to the host, which waits for it: what a rank sends depends on its candidates. Within
+    one rank :func:`spear_megatron.algorithms.covariance_device.select_on_device` does not wait.
+
     Args:
         rows: this rank's; copies on tensor, pipeline or context ranks must not be counted again.
         rule: how to choose.

@@ -312,6 +312,7 @@ class CheckpointManager:
                 "tp": parallel.tp_size,
                 "pp": parallel.pp_size,
                 "vpp": parallel.vpp_size or 1,
+                "cp": parallel.cp_size,
                 "dp": parallel.dp_size,
             },
             software={name: importlib.metadata.version(name) for name in ("spear-megatron", "megatron-core", "torch")},

@@ -24,10 +24,12 @@ from spear_megatron.rewards.answers import canonical_answer
 from spear_megatron.rewards.registry import build_reward
 from spear_megatron.rollout.agent_loop import EpisodeLimits
 from spear_megatron.rollout.collect import Collector, RunGroups, Tasks
+from spear_megatron.rollout.config import RolloutConfig
 from spear_megatron.rollout.embedded import EmbeddedEngine
 from spear_megatron.rollout.engine import Engine, SamplingParams
 from spear_megatron.rollout.prompt_lengths import check_prompt_lengths
 from spear_megatron.rollout.scheduler import EpisodeRunner, collect_groups
+from spear_megatron.rollout.sglang.engine import SGLangEngine
 from spear_megatron.types import Group, Prompt, Trajectory
 
 
@@ -92,6 +94,33 @@ def open_environment(config: Config) -> tuple[EnvironmentFactory, Sandbox | None
     return environment_factory(config.env, sandbox), sandbox
 
 
+def open_engine(config: Config, shape: ModelShape, dp_rank: int, dp_size: int) -> Engine:
+    """The engine of one of ``dp_size`` leaders: its own embedded one, or its share of the servers that all use."""
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name == "embedded":
+        return EmbeddedEngine(shape, max_num_seqs=rollout.max_num_seqs, max_model_len=max_model_len(config))
+    return SGLangEngine(
+        shape,
+        rollout.sglang,
+        servers=rollout.sglang.servers,
+        max_in_flight=share_of_server(rollout, dp_size),
+        max_model_len=max_model_len(config),
+        sends_weights=dp_rank == 0,
+    )
+
+
+def share_of_server(rollout: RolloutConfig, dp_size: int) -> int:
+    """Requests that one of ``dp_size`` leaders may keep at each server."""
+    return max(1, (rollout.sglang.max_in_flight or rollout.max_num_seqs) // dp_size)
+
+
+def max_episodes(rollout: RolloutConfig, dp_size: int) -> int:
+    """Episodes that one leader plays at a time: twice what its engine computes, as half of them wait for tools."""
+    if rollout.name == "embedded":
+        return 2 * rollout.max_num_seqs
+    return 2 * share_of_server(rollout, dp_size) * len(rollout.sglang.servers)
+
+
 def load_engine(engine: Engine, folder: str | Path, shape: ModelShape) -> None:
     """Fill an engine with the weights of a Hugging Face folder, one tensor at a time."""
     with HFWeights.open(folder, shape) as weights:
@@ -111,6 +140,10 @@ class Agents:
     engine: Engine | None = None
     sandbox: Sandbox | None = None
     reward: Reward | None = None
+
+    def take_metrics(self) -> dict[str, float]:
+        """Figures of this rank's engine since the last call; none of an engine that keeps none."""
+        return self.engine.stats.take_metrics() if isinstance(self.engine, SGLangEngine) else {}
 
     def close(self) -> None:
         """Stop engine, sandbox and answer checkers."""
@@ -135,7 +168,10 @@ def open_agents(
         Collector, parallel, leaders=leaders, timeout_s=config.trainer.collect_timeout_s
     )
     with agreed(parallel, "start of the agents"):
-        agents = _leader_agents(config, renderer, shape, collector) if parallel.is_leader else Agents(collector(None))
+        if parallel.is_leader:
+            agents = _leader_agents(config, parallel, renderer, shape, collector)
+        else:
+            agents = Agents(collector(None))
     try:
         yield agents
     finally:
@@ -143,11 +179,15 @@ def open_agents(
 
 
 def _leader_agents(
-    config: Config, renderer: ChatRenderer, shape: ModelShape, collector: Callable[[RunGroups], Collector]
+    config: Config,
+    parallel: ParallelState,
+    renderer: ChatRenderer,
+    shape: ModelShape,
+    collector: Callable[[RunGroups], Collector],
 ) -> Agents:
     rollout = config.actor_rollout_ref.rollout
     reward = build_reward(config.reward)
-    engine = EmbeddedEngine(shape, max_num_seqs=rollout.max_num_seqs, max_model_len=max_model_len(config))
+    engine = open_engine(config, shape, parallel.dp_rank, parallel.dp_size)
     make_environment, sandbox = open_environment(config)  # last: it starts processes, which a failure would leave
 
     async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
@@ -166,7 +206,7 @@ def _leader_agents(
             run=runner,
             step=tasks.step,
             num_samples=tasks.num_samples,
-            max_concurrency=2 * rollout.max_num_seqs,
+            max_concurrency=max_episodes(rollout, parallel.dp_size),
             deadline_s=config.trainer.collect_timeout_s,
         )
 

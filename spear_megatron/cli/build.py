@@ -12,14 +12,16 @@ from spear_megatron.algorithms.schedules import ScheduledCurriculum
 from spear_megatron.checkpoint.manager import CheckpointManager
 from spear_megatron.cli.agents import canonical_answer_of, load_episode_prompts, load_renderer, open_agents, samplings
 from spear_megatron.cli.session import StopFlag, open_parallel, open_record
+from spear_megatron.cli.weights import open_publish
 from spear_megatron.config.checks_replay import replay_rules
-from spear_megatron.config.describe import flatten
+from spear_megatron.config.describe import flatten, to_yaml
 from spear_megatron.config.schema import Config
+from spear_megatron.data.batch_files import BatchFiles
 from spear_megatron.data.chat import ChatRenderer
 from spear_megatron.data.prompts import PromptSource
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.model.hf_export import export_hf
-from spear_megatron.model.hf_io import iter_hf_tensors, load_hf_folder
+from spear_megatron.model.hf_io import load_hf_folder
 from spear_megatron.model.provider import build_model
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.observability.lineage import LineageStore
@@ -35,7 +37,6 @@ from spear_megatron.trainer.optimizer import PolicyOptimizer
 from spear_megatron.trainer.reference import Reference
 from spear_megatron.trainer.parts import Parts, StepSettings
 from spear_megatron.trainer.run import Run
-from spear_megatron.weights.sync import publish
 
 
 def build_actor(
@@ -79,7 +80,10 @@ def num_optimizer_steps(config: Config) -> int:
 
 def fingerprint(config: Config) -> str:
     """Names what decides the course of training; run length, folders and layout are left out."""
-    ignored = ("trainer.", "sft.", "actor_rollout_ref.actor.megatron.", "actor_rollout_ref.model.path")
+    ignored = (
+        "trainer.", "sft.", "actor_rollout_ref.actor.megatron.", "actor_rollout_ref.model.path",
+        "actor_rollout_ref.rollout.sglang.",
+    )  # fmt: skip
     items = [f"{key}={value!r}" for key, value in flatten(config).items() if not key.startswith(ignored)]
     return hashlib.sha256("\n".join([*items, f"seed={config.trainer.seed}"]).encode()).hexdigest()[:16]
 
@@ -117,13 +121,15 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
             collector=agents.collector,
             checkpoints=checkpoints,
             recorder=NullRecorder(),
+            batch_files=open_batch_files(config, parallel),
             trajectories=None,
-            publish_weights=lambda step: publish(iter_hf_tensors(actor.chunks, shape, parallel), agents.engine, step),
+            publish_weights=stack.enter_context(open_publish(config, actor, shape, parallel, agents.engine)),
             export=lambda folder: export_hf(actor.chunks, shape, parallel, folder, model),
             answer_of=canonical_answer_of,
             stop_requested=lambda: stop.requested,
             curriculum=build_curriculum(config),
             imitation=imitation,
+            engine_metrics=agents.take_metrics if config.actor_rollout_ref.rollout.name == "sglang" else None,
         )
         run = Run(parts=parts, settings=step_settings(config), trainer=config.trainer, algorithm=config.algorithm)
         resume_step = run.restore()
@@ -161,6 +167,7 @@ def step_settings(config: Config) -> StepSettings:
         replay_update=ref.actor.replay.update,
         old_log_prob=ref.actor.old_log_prob,
         needs_old_log_probs=reads_old_log_probs(config),
+        mismatch=ref.rollout.mismatch,
     )
 
 
@@ -171,7 +178,10 @@ def invalid_action_penalty(config: Config) -> float:
 
 
 def reads_old_log_probs(config: Config) -> bool:
-    """Whether replay, a covariance selection or the rollout correction needs log-probs from before the update."""
+    """Whether replay, a covariance selection, the rollout correction or the mask of mismatches needs log-probs from
+    before the update."""
+    if config.actor_rollout_ref.rollout.mismatch.mask is not None:
+        return True
     actor, loss = config.actor_rollout_ref.actor, config.actor_rollout_ref.actor.policy_loss
     selects = loss.mode(replayed=False) in ("clip_cov", "kl_cov") and loss.cov_scope == "mini_batch"
     return actor.enable_trajectory_replay or selects or config.algorithm.rollout_correction.mode != "none"
@@ -240,6 +250,18 @@ def open_checkpoints(
             "disable: choose another trainer.default_local_dir or resume_mode=auto"
         )
     return checkpoints
+
+
+def open_batch_files(config: Config, parallel: ParallelState) -> BatchFiles:
+    """Where a run saves batches that something is wrong with."""
+    ref = config.actor_rollout_ref
+    return BatchFiles(
+        Path(config.trainer.default_local_dir),
+        parallel,
+        keep=ref.rollout.mismatch.keep_batches,
+        config_yaml=to_yaml(config),
+        model_path=ref.model.path,
+    )
 
 
 def _open_trajectories(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+from spear_megatron.parallel.context import context_multiple
+
 if TYPE_CHECKING:
+    from spear_megatron.parallel.config import MegatronConfig
     from spear_megatron.config.schema import Config
     from spear_megatron.model.shape import ModelShape
 
@@ -24,13 +28,17 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
 
     data, actor, rollout = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     megatron = actor.megatron
-    check_world_size(world_size, megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size)
+    sizes = (megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size)
+    check_world_size(world_size, *sizes, megatron.context_parallel_size)
+    check_context(megatron.context_parallel_size, actor.policy_loss.cov_scope, actor.policy_loss.loss_mode)
     check_layout(shape, megatron)
     check_batch(data.train_batch_size, actor.ppo_mini_batch_size)
+    if rollout.name == "sglang":
+        check_in_flight(rollout.sglang.max_in_flight, rollout.max_num_seqs, world_size // megatron.model_parallel_size)
     check_lengths(
         data.max_prompt_length, data.max_response_length, rollout.max_model_len, shape.max_position_embeddings
     )
-    multiple = megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
+    multiple = token_multiple(megatron)
     longest = data.max_prompt_length + data.max_response_length
     check_token_budget(actor.ppo_max_token_len_per_gpu, longest, multiple)
     check_kl("use_kl_loss", actor.use_kl_loss, actor.kl_loss_coef)
@@ -39,6 +47,7 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     check_group_size(algorithm.adv_estimator, rollout.n)
     check_group_filters(algorithm.filter_groups.enable, rollout.rollout_filter_ratio, rollout.n)
     check_old_log_prob(actor.old_log_prob, algorithm.rollout_correction.mode, algorithm.use_kl_in_reward)
+    check_mismatch_mask(rollout.mismatch.mask, actor.old_log_prob)
     check_denominator(actor.sum_norm_denominator, actor.loss_agg_mode)
     check_trigger(config)
     check_train_sampling(rollout.top_p, rollout.top_k)
@@ -48,14 +57,33 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     check_warmup(actor.optim.lr_warmup_steps, steps_per_step * config.trainer.total_training_steps)
 
 
-def check_world_size(world_size: int, tp: int, pp: int) -> None:
+def check_world_size(world_size: int, tp: int, pp: int, cp: int = 1) -> None:
     """The ranks must form whole model replicas. Raises ValueError."""
-    if world_size % (tp * pp):
+    size = tp * pp * cp
+    if world_size % size:
         megatron = f"{_ACTOR}.megatron"
+        context = f" x {megatron}.context_parallel_size={cp}" if cp > 1 else ""
         raise ValueError(
-            f"{world_size} ranks cannot hold model replicas of {tp * pp} ranks ({megatron}.tensor_model_parallel_size="
-            f"{tp} x {megatron}.pipeline_model_parallel_size={pp}): start a multiple of {tp * pp} ranks or lower these"
+            f"{world_size} ranks cannot hold model replicas of {size} ranks ({megatron}.tensor_model_parallel_size="
+            f"{tp} x {megatron}.pipeline_model_parallel_size={pp}{context}): start a multiple of {size} ranks or lower "
+            "these"
         )
+
+
+def check_context(cp: int, cov_scope: str, loss_mode: str) -> None:
+    """A covariance selection inside a micro-batch needs all of its tokens on one rank. Raises ValueError."""
+    if cp > 1 and cov_scope == "micro_batch" and loss_mode in ("clip-cov", "kl-cov"):
+        raise ValueError(
+            f"{_ACTOR}.policy_loss.cov_scope=micro_batch cannot see the tokens of other ranks of "
+            f"{_ACTOR}.megatron.context_parallel_size={cp}: set cov_scope=mini_batch or the size to 1"
+        )
+
+
+def token_multiple(megatron: MegatronConfig) -> int:
+    """What the token length of a micro-batch is a multiple of."""
+    cp = megatron.context_parallel_size
+    tp = megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
+    return math.lcm(context_multiple(cp), cp * tp)
 
 
 def check_batch(train_batch_size: int, ppo_mini_batch_size: int) -> None:
@@ -69,6 +97,17 @@ def check_batch(train_batch_size: int, ppo_mini_batch_size: int) -> None:
         raise ValueError(
             f"data.train_batch_size={train_batch_size} is not a multiple of {_ACTOR}.ppo_mini_batch_size="
             f"{ppo_mini_batch_size}: choose sizes that divide, so that every optimizer step sees as many prompts"
+        )
+
+
+def check_in_flight(max_in_flight: int | None, max_num_seqs: int, num_leaders: int) -> None:
+    """The requests at a server must suffice for one of every leader. Raises ValueError."""
+    key = "max_num_seqs" if max_in_flight is None else "sglang.max_in_flight"
+    limit = max_num_seqs if max_in_flight is None else max_in_flight
+    if limit < num_leaders:
+        raise ValueError(
+            f"{_ROLLOUT}.{key}={limit} is shared by {num_leaders} data-parallel leaders: "
+            f"raise it to {num_leaders} or more"
         )
 
 
@@ -170,6 +209,19 @@ def check_old_log_prob(old_log_prob: str, correction: str, kl_in_reward: bool) -
         raise ValueError(
             f"algorithm.use_kl_in_reward=true compares the trainer's log-probs with the reference, but {key}=rollout "
             f"skips their pass: set {key}=trainer, or take {_ACTOR}.use_kl_loss instead"
+        )
+
+
+def check_mismatch_mask(mask: float | None, old_log_prob: str) -> None:
+    """Masking before the update needs the pass that computes the trainer's log-probs. Raises ValueError.
+
+    Args:
+        mask: ``rollout.mismatch.mask``. old_log_prob: ``actor.old_log_prob``.
+    """
+    if mask is not None and old_log_prob == "rollout":
+        raise ValueError(
+            f"{_ROLLOUT}.mismatch.mask={mask} compares the trainer's log-probs with the engine's before the update, "
+            f"but {_ACTOR}.old_log_prob=rollout skips their pass: set old_log_prob=trainer, or mask=null"
         )
 
 

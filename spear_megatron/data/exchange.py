@@ -121,7 +121,7 @@ def exchange(
         outgoing[destination].append(record)
     deadline = timedelta(seconds=timeout_s)
     staying: list[TensorRecord] = []
-    if parallel.tp_size * parallel.pp_size == 1:
+    if parallel.model_size == 1:
         staying, outgoing[parallel.dp_rank] = outgoing[parallel.dp_rank], staying
     received: list[torch.Tensor] = []
     if parallel.is_leader:
@@ -130,7 +130,7 @@ def exchange(
             received = _all_to_all(buffers, parallel, phase, deadline)
         else:
             received = [_concatenated(buffers[0])]
-    if parallel.tp_size * parallel.pp_size > 1:
+    if parallel.model_size > 1:
         received = _broadcast(received, parallel, phase, deadline)
     arrived = [decode_records(buffer) for buffer in received]
     arrived[parallel.dp_rank] += staying
@@ -181,19 +181,25 @@ def _wait(work: Any, parallel: ParallelState, phase: str, deadline: timedelta) -
         ) from error
 
 
-_ROW_TENSORS = ("ids", "response_mask", "rollout_log_probs", "advantages", "old_log_probs", "ref_log_probs")
+_ROW_TENSORS = (
+    "ids", "response_mask", "rollout_log_probs", "advantages", "old_log_probs", "ref_log_probs", "policy_versions",
+)  # fmt: skip
 
 
 def row_to_record(row: Row) -> TensorRecord:
-    """A row as a record; log-probs that are not there yet stay away."""
+    """A row as a record; log-probs that are not there yet, and unknown versions, stay away."""
     tensors = {name: getattr(row, name) for name in _ROW_TENSORS if getattr(row, name) is not None}
-    return TensorRecord(tensors=tensors, fields={"trajectory": list(row.trajectory), "segment": row.segment})
+    fields = {"trajectory": list(row.trajectory), "segment": row.segment, "first_turn": row.first_turn}
+    return TensorRecord(tensors=tensors, fields=fields)
 
 
 def record_to_row(record: TensorRecord) -> Row:
     """Inverse of :func:`row_to_record`."""
     return Row(
-        trajectory=TrajectoryId(*record.fields["trajectory"]), segment=record.fields["segment"], **dict(record.tensors)
+        trajectory=TrajectoryId(*record.fields["trajectory"]),
+        segment=record.fields["segment"],
+        first_turn=record.fields["first_turn"],
+        **dict(record.tensors),
     )
 
 

@@ -1,7 +1,8 @@
 """Packing rows into THD micro-batches of one token length, and taking per-token results apart again.
 
 A row of n tokens takes ``packed_length(row)`` <= n - 1 positions: position t predicts token t + 1, and nothing after
-the last sampled token can change the loss of a causal model.
+the last sampled token can change the loss of a causal model. Under context parallelism every sequence is padded at its
+end to a multiple of what it is cut into.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class PackingPlan:
 
     bins: tuple[tuple[int, ...], ...]
     token_length: int
+    sequence_multiple: int = 1
 
 
 def row_key(row: Row) -> RowKey:
@@ -66,6 +68,7 @@ def plan_packing(
     *,
     max_tokens: int,
     length_multiple: int = 1,
+    sequence_multiple: int = 1,
     count_multiple: int = 1,
     reduce_max: Callable[[int], int] = lambda count: count,
 ) -> PackingPlan:
@@ -77,13 +80,16 @@ def plan_packing(
     Args:
         lengths: packed length of every row of this data-parallel rank, in id order; rows of length 0 are left out.
         max_tokens: budget of one micro-batch (``ppo_max_token_len_per_gpu``).
-        length_multiple: the token length is a multiple of this (the tensor-parallel size with sequence parallelism).
+        length_multiple: the token length is a multiple of this (the tensor-parallel size with sequence parallelism),
+            which is a multiple of ``sequence_multiple``.
+        sequence_multiple: every packed sequence is padded to a multiple of this (context parallelism).
         count_multiple: the number of micro-batches is a multiple of this (the pipeline size with VPP).
         reduce_max: maximum over data-parallel ranks, so that all run the same number of micro-batches.
 
     Raises:
         ValueError: one row alone exceeds the budget.
     """
+    lengths = [length + -length % sequence_multiple for length in lengths]
     budget = max_tokens // length_multiple * length_multiple
     order = sorted((i for i, length in enumerate(lengths) if length > 0), key=lambda i: (-lengths[i], i))
     if order and lengths[order[0]] > budget:
@@ -99,7 +105,7 @@ def plan_packing(
     bins = bins + [[] for _ in range(count - len(bins))]
     longest = max(_fullest(bins, lengths), 1)
     token_length = longest + -longest % length_multiple
-    return PackingPlan(bins=tuple(tuple(sorted(rows)) for rows in bins), token_length=token_length)
+    return PackingPlan(tuple(tuple(sorted(rows)) for rows in bins), token_length, sequence_multiple)
 
 
 def _first_fit(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -137,7 +143,7 @@ def pack(rows: Sequence[WeightedRow], plan: PackingPlan) -> TrainBatch:
     Padding is one more sequence at the end with weight 0 and mask False. ``num_rows`` and ``num_tokens`` of the result
     count what this rank packed: real sequences and their sampled tokens.
     """
-    micro_batches = tuple(_micro_batch([rows[i] for i in members], plan.token_length) for members in plan.bins)
+    micro_batches = tuple(_micro_batch([rows[i] for i in members], plan) for members in plan.bins)
     longest = max(int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max()) for batch in micro_batches)
     return TrainBatch(
         micro_batches=micro_batches,
@@ -147,8 +153,10 @@ def pack(rows: Sequence[WeightedRow], plan: PackingPlan) -> TrainBatch:
     )
 
 
-def _micro_batch(members: Sequence[WeightedRow], token_length: int) -> MicroBatch:
+def _micro_batch(members: Sequence[WeightedRow], plan: PackingPlan) -> MicroBatch:
+    token_length = plan.token_length
     lengths = [packed_length(member.row.response_mask) for member in members]
+    lengths = [length + -length % plan.sequence_multiple for length in lengths]
     used = sum(lengths)
     assert used <= token_length
     if used < token_length:
@@ -159,7 +167,8 @@ def _micro_batch(members: Sequence[WeightedRow], token_length: int) -> MicroBatc
         start = 0
         for value, length in zip(values, lengths, strict=False):
             if value is not None:
-                packed[start : start + length] = value[shift : shift + length]
+                part = value[shift : shift + length]
+                packed[start : start + len(part)] = part
             start += length
         return packed
 
@@ -225,6 +234,6 @@ def unpack(batch: TrainBatch, values: Sequence[torch.Tensor], rows: Sequence[Row
         full = torch.zeros(len(row.ids), dtype=torch.float32)
         piece = pieces.get(row_key(row))
         if piece is not None:
-            full[1 : 1 + len(piece)] = piece
+            full[1 : 1 + len(piece)] = piece[: len(full) - 1]
         results.append(full)
     return results

@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 
 from spear_megatron.algorithms.kl import kl_penalty_in_reward
+from spear_megatron.algorithms.mismatch import num_turns
 from spear_megatron.types import Group, Row, Trajectory, TrajectoryId
 
 
 def trajectory_rows(trajectory: Trajectory) -> list[Row]:
     """Rows of one trajectory, one per segment in order, with zero advantages and no trainer log-probs yet."""
+    turns = [num_turns(segment.response_mask) for segment in trajectory.segments]
     return [
         Row(
             trajectory=trajectory.id,
@@ -21,6 +23,8 @@ def trajectory_rows(trajectory: Trajectory) -> list[Row]:
             response_mask=segment.response_mask,
             rollout_log_probs=segment.rollout_log_probs,
             advantages=torch.zeros(len(segment.ids), dtype=torch.float32),
+            policy_versions=segment.policy_versions,
+            first_turn=1 + sum(turns[:position]),
         )
         for position, segment in enumerate(trajectory.segments)
     ]

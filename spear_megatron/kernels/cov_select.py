@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _LOG_RATIO_LIMIT = 20.0
 _NEAR = 1e-5
 _SUM_LANES = 16
+_SUM_BLOCK = 4096
 _WORD = (1 << 64) - 1
 
 
@@ -164,7 +165,8 @@ def row_sums(
 ) -> NDArray[np.float64]:
     """Sums in double of rows that lie back to back, each in an order given by its length alone: any layout agrees.
 
-    Value i of a row goes to sum i mod 16 of its 16, in order; these are then folded in halves.
+    In every block of 4096 values of a row, value i goes to sum i mod 16 of 16, in order; these are then folded in
+    halves, and the blocks are added in order.
 
     Args:
         columns: each float32 [sum of lengths], contiguous.
@@ -189,7 +191,8 @@ def row_sums(
     for column, values in enumerate(columns):
         start = 0
         for row, length in enumerate(lengths):
-            sums[column, row] = _lane_sum(values[start : start + length])
+            for first in range(start, start + length, _SUM_BLOCK):
+                sums[column, row] += _lane_sum(values[first : min(first + _SUM_BLOCK, start + length)])
             start += length
     return sums
 

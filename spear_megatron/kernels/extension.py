@@ -53,7 +53,8 @@ def available() -> dict[str, Any]:
         ``compiled``: whether spear_megatron._C loads; ``reason``: why not, with the remedy, else ""; ``isa``: the
         instruction set of the compiled CPU kernels (generic, avx2, avx512) or None; ``cuda_reason``: why the CUDA
         kernels do not load, with the remedy, else ""; and per operation a mapping from device type to "compiled" or
-        "eager". ``cov_select`` always works on the CPU, wherever its tokens are.
+        "eager". Without the CUDA kernels, ``cov_select`` copies tokens on CUDA to the CPU and works there, as it
+        always does for a selection over several ranks.
     """
     module, reason = _load()
     on_cpu = "eager" if module is None else "compiled"
@@ -64,6 +65,6 @@ def available() -> dict[str, Any]:
         "isa": None if module is None else module.isa(),
         "cuda_reason": cuda_reason,
         "token_logprobs": {"cpu": on_cpu, "cuda": "eager" if cuda_reason else "compiled"},
-        "policy_loss": {"cpu": on_cpu, "cuda": "eager"},
-        "cov_select": {"cpu": on_cpu, "cuda": on_cpu},
+        "policy_loss": {"cpu": on_cpu, "cuda": "eager" if cuda_reason else "compiled"},
+        "cov_select": {"cpu": on_cpu, "cuda": on_cpu if cuda_reason else "compiled"},
     }

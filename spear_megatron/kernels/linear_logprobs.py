@@ -24,10 +24,7 @@ from spear_megatron.kernels.softmax_stats import (
     check_targets,
     combine_stats,
     gather_stats,
-    merge_stats,
     own_shard,
-    row_gradients,
-    saved_for_backward,
 )
 
 _MIN_SLICE_COLUMNS = 256  # narrower products of matrices waste the machine
@@ -169,13 +166,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             logits = inputs @ weight[part].t()
             stats.append(head.stats(logits, targets, part))
         combined = combine_stats(torch.stack(stats), head.temperature)
-        result = merge_stats(gather_stats(combined, head.group), head.temperature)
-        dtype = combined.dtype
-        ctx.save_for_backward(inputs, weight, targets, saved_for_backward(result, head.with_entropy, dtype))
+        parts = gather_stats(combined, head.group, head.with_entropy)
+        log_probs, entropy, saved = head.backend.merge_rows(parts, head.temperature, head.with_entropy)
+        ctx.save_for_backward(inputs, weight, targets, saved)
         ctx.logits = logits if len(slices) == 1 and any(ctx.needs_input_grad) else None
         ctx.set_materialize_grads(False)
         ctx.head, ctx.main_grad = head, getattr(weight, "main_grad", None)
-        return result.log_probs.to(dtype), result.entropy.to(dtype) if head.with_entropy else None
+        return log_probs, entropy
 
     @staticmethod
     @once_differentiable
@@ -184,7 +181,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         head: _Head = ctx.head
         slices = head.slices(weight.shape[0])
         kept, ctx.logits = ctx.logits, None
-        row_grads = row_gradients(saved, grad_log_probs, grad_entropy)
+        row_grads = head.backend.row_gradients(saved, grad_log_probs, grad_entropy)
         grad_inputs, sink = _InputGradient(inputs), _WeightGradient(weight, ctx.main_grad)
         for part in slices:
             # A second backward pass over a retained graph computes the logits again.

@@ -17,10 +17,7 @@ from spear_megatron.kernels.softmax_stats import (
     VocabShard,
     check_targets,
     gather_stats,
-    merge_stats,
     own_shard,
-    row_gradients,
-    saved_for_backward,
 )
 
 
@@ -52,8 +49,8 @@ def token_logprobs(
             get a gradient of exactly 0. None: all columns are real.
         with_entropy: False skips the entropy and returns None in its place.
         group: tensor-parallel process group; None or one of size 1 means that every column is here. The forward pass
-            makes one all-gather of [T, 4] fp32, the backward pass none: every rank must receive the same gradient
-            of the results, as when all of them compute the same loss.
+            makes one all-gather of [T, 4] fp32 ([T, 3] without the entropy), the backward pass none: every rank must
+            receive the same gradient of the results, as when all of them compute the same loss.
         implementation: "auto" takes the compiled kernel on the CPU and on CUDA and the eager one on other devices;
             where there is a compiled one that cannot be used (not built, other dtype) it warns once and takes the
             eager one. "compiled" raises instead, "eager" never uses the compiled kernels. `available` tells what
@@ -101,17 +98,18 @@ class _TokenLogprobs(torch.autograd.Function):
         inplace_backward: bool,
     ) -> tuple[Tensor, Tensor | None]:
         stats = backend.row_stats(logits, targets, shard, temperature, with_entropy)
-        result = merge_stats(gather_stats(stats, group), temperature)
-        ctx.save_for_backward(logits, targets, saved_for_backward(result, with_entropy, stats.dtype))
+        parts = gather_stats(stats, group, with_entropy)
+        log_probs, entropy, saved = backend.merge_rows(parts, temperature, with_entropy)
+        ctx.save_for_backward(logits, targets, saved)
         ctx.set_materialize_grads(False)
         ctx.shard, ctx.temperature, ctx.backend, ctx.inplace = shard, temperature, backend, inplace_backward
-        return result.log_probs.to(stats.dtype), result.entropy.to(stats.dtype) if with_entropy else None
+        return log_probs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, targets, saved = ctx.saved_tensors
-        row_grads = row_gradients(saved, grad_log_probs, grad_entropy)
+        row_grads = ctx.backend.row_gradients(saved, grad_log_probs, grad_entropy)
         logits = logits.detach()
         out = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         ctx.backend.logits_grad(logits, targets, ctx.shard, ctx.temperature, row_grads, out)

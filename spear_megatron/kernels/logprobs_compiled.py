@@ -42,6 +42,39 @@ def row_stats(
     return stats
 
 
+def merge_rows(parts: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As the eager `merge_rows`, fp32 parts on the CPU in one pass (csrc/softmax_merge.h)."""
+    held, rows = parts.contiguous(), parts.shape[1]
+    log_probs, saved = parts.new_empty(rows), parts.new_empty((rows, 3))
+    entropy = parts.new_empty(rows) if with_entropy else None
+    compiled_module().merge_rows(
+        parts=held.data_ptr(),
+        shards=len(held),
+        rows=rows,
+        temperature=temperature,
+        log_probs=log_probs.data_ptr(),
+        entropy=0 if entropy is None else entropy.data_ptr(),
+        saved=saved.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return log_probs, entropy, saved
+
+
+def row_gradients(saved: Tensor, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """As `softmax_stats.row_gradients`, of fp32 tensors on the CPU; the gradients may have any stride."""
+    rows = saved.new_empty((len(saved), 5))
+    compiled_module().join_rows(
+        saved=saved.data_ptr(),
+        log_probs=0 if grad_log_probs is None else grad_log_probs.data_ptr(),
+        log_probs_stride=0 if grad_log_probs is None else grad_log_probs.stride(0),
+        entropy=0 if grad_entropy is None else grad_entropy.data_ptr(),
+        entropy_stride=0 if grad_entropy is None else grad_entropy.stride(0),
+        rows=len(saved),
+        out=rows.data_ptr(),
+    )
+    return rows
+
+
 def logits_grad(
     logits: Tensor,
     targets: Tensor,

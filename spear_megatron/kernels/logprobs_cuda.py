@@ -14,13 +14,17 @@ from spear_megatron.kernels.softmax_stats import VocabShard
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Device and stream, the first arguments of every kernel; the current device is that of the tensor."""
+    return tensor.get_device(), torch.cuda.current_stream().cuda_stream
+
+
 def _logits_arguments(
     logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float
 ) -> tuple[int | float, ...]:
-    """What both kernels take first, see csrc/cuda/token_logprobs.h; the current device is that of the logits."""
+    """What both kernels take first, see csrc/cuda/token_logprobs.h."""
     return (
-        logits.get_device(),
-        torch.cuda.current_stream().cuda_stream,
+        *_place(logits),
         logits.data_ptr(),
         DTYPE_CODES[logits.dtype],
         logits.shape[0],
@@ -30,6 +34,11 @@ def _logits_arguments(
         shard.first_column,
         temperature,
     )
+
+
+def _values(grad: Tensor | None) -> tuple[int | None, int]:
+    """Address and stride of a gradient [T]; null counts as zeros."""
+    return (None, 0) if grad is None else (grad.data_ptr(), grad.stride(0))
 
 
 def row_stats(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float, with_entropy: bool) -> Tensor:
@@ -50,6 +59,50 @@ def row_stats(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: f
         arguments = _logits_arguments(logits, targets, shard, temperature)
         call("spear_token_logprobs_forward", *arguments, int(with_entropy), stats.data_ptr())
     return stats
+
+
+def merge_rows(parts: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As the eager `merge_rows`, fp32 parts on a CUDA device in one kernel (csrc/softmax_merge.h).
+
+    Raises:
+        RunError: the library is missing or CUDA refuses the launch.
+    """
+    held, rows = parts.contiguous(), parts.shape[1]
+    with torch.cuda.device(parts.device):
+        log_probs, saved = parts.new_empty(rows), parts.new_empty((rows, 3))
+        entropy = parts.new_empty(rows) if with_entropy else None
+        call(
+            "spear_merge_rows",
+            *_place(held),
+            held.data_ptr(),
+            len(held),
+            rows,
+            temperature,
+            log_probs.data_ptr(),
+            None if entropy is None else entropy.data_ptr(),
+            saved.data_ptr(),
+        )
+    return log_probs, entropy, saved
+
+
+def row_gradients(saved: Tensor, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """As `softmax_stats.row_gradients`, of fp32 tensors on a CUDA device; the gradients may have any stride.
+
+    Raises:
+        RunError: the library is missing or CUDA refuses the launch.
+    """
+    with torch.cuda.device(saved.device):
+        rows = saved.new_empty((len(saved), 5))
+        call(
+            "spear_join_rows",
+            *_place(saved),
+            saved.data_ptr(),
+            *_values(grad_log_probs),
+            *_values(grad_entropy),
+            len(saved),
+            rows.data_ptr(),
+        )
+    return rows
 
 
 def logits_grad(

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spear_megatron.kernels.softmax_stats import LOWEST, VocabShard
+from spear_megatron.kernels.softmax_stats import LOWEST, VocabShard, merge_stats, row_gradients, saved_for_backward
+
+__all__ = ["logits_grad", "merge_rows", "row_gradients", "row_stats"]
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # bounds each fp32 temporary: to the cache, or to 256 MiB
 _FLOOR = -125 * math.log(2)  # exponents below it count as 0, as in the compiled kernels
@@ -61,6 +63,22 @@ def row_stats(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: f
         if with_entropy:
             stats[rows, 2] = e.mul_(d).sum(1)
     return stats
+
+
+def merge_rows(parts: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Results of every row from the statistics of all shards, of the dtype of ``parts``; see `merge_stats`.
+
+    Args:
+        parts: [num_shards, T, 4].
+        temperature: divides the logits.
+        with_entropy: the moments are filled; False: no entropy.
+
+    Returns:
+        Log-probs [T], entropies [T] (or None) and what `saved_for_backward` keeps, [T, 3].
+    """
+    result, dtype = merge_stats(parts, temperature), parts.dtype
+    saved = saved_for_backward(result, with_entropy, dtype)
+    return result.log_probs.to(dtype), result.entropy.to(dtype) if with_entropy else None, saved
 
 
 def logits_grad(

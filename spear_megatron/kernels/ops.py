@@ -16,9 +16,7 @@ from spear_megatron.kernels.checks import check_inputs, check_settings
 from spear_megatron.kernels.softmax_stats import (
     VocabShard,
     check_targets,
-    merge_stats,
     row_gradients,
-    saved_for_backward,
 )
 
 
@@ -51,9 +49,8 @@ def token_logprobs_op(
     check_targets(targets, valid_vocab)
     backend = choose_backend(logits.dtype, logits.device, implementation)
     stats = backend.row_stats(logits, targets.contiguous(), VocabShard(0, valid_vocab), temperature, with_entropy)
-    result = merge_stats(stats.unsqueeze(0), temperature)
-    entropy = result.entropy.to(stats.dtype) if with_entropy else stats.new_empty(0)
-    return result.log_probs.to(stats.dtype), entropy, saved_for_backward(result, with_entropy, stats.dtype)
+    log_probs, entropy, saved = backend.merge_rows(stats.unsqueeze(0), temperature, with_entropy)
+    return log_probs, stats.new_empty(0) if entropy is None else entropy, saved
 
 
 @torch.library.register_fake("spear::token_logprobs")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spear_megatron.kernels.extension import missing_reason, warn_slow_path
 from spear_megatron.kernels.backends import IMPLEMENTATIONS
-from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens, loss_and_gradient
+from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens
+from spear_megatron.kernels.policy_loss_ops import compiled_for, has_kernel, policy_loss_op
 from spear_megatron.kernels.policy_surrogates import check_mode, token_surrogate
-from spear_megatron.parallel.errors import RunError
 
 
 class PolicySums(NamedTuple):
@@ -52,7 +52,8 @@ def policy_loss(
 
     The surrogates are those of :func:`spear_megatron.kernels.policy_surrogates.token_surrogate`. A log-prob that is
     NaN or infinite makes the loss NaN, whatever its clip. The compiled kernel's result does not depend on the number
-    of threads.
+    of threads, and on CUDA it neither waits for the device nor changes from one call to the next.
+    Under torch.compile it is one operator of the graph (`spear::policy_loss`).
 
     Args:
         log_probs: floating [T], of the current policy; the compiled kernel takes fp32.
@@ -64,8 +65,8 @@ def policy_loss(
         clip_ratio_low, clip_ratio_high: the ratio is clipped to [1 - low, 1 + high].
         clip_ratio_c: dual-clip bound.
         kl_cov_coef: price of moving of the selected tokens of kl_cov.
-        implementation: as in ``token_logprobs``: "auto" takes the compiled kernel on the CPU, and where it does not
-            fit there warns once and takes plain torch; "compiled" raises instead; "eager" is plain torch.
+        implementation: as in ``token_logprobs``: "auto" takes the compiled kernel on the CPU and on CUDA, and where
+            it does not fit there warns once and takes plain torch; "compiled" raises instead; "eager" is plain torch.
 
     Returns:
         The loss, a scalar of the dtype of the log-probs, and the sums.
@@ -77,9 +78,16 @@ def policy_loss(
     tokens = PolicyTokens(log_probs, old_log_probs, advantages, token_weight, selected, mask)
     settings = PolicySettings(mode, clip_ratio_low, clip_ratio_high, clip_ratio_c, kl_cov_coef)
     _check(tokens, mode, implementation)
-    if not _use_compiled(log_probs, implementation):
+    if torch.compiler.is_compiling():
+        if not has_kernel(log_probs.dtype, log_probs.device.type, implementation):
+            return _eager(tokens, settings)
+        loss, sums, _ = policy_loss_op(*tokens, *settings)
+        return loss, PolicySums(*sums.unbind())
+    module = compiled_for(log_probs.dtype, log_probs.device.type, implementation)
+    if module is None:
         return _eager(tokens, settings)
-    loss, sums = _CompiledPolicyLoss.apply(log_probs, tokens._replace(log_probs=log_probs.detach()), settings)
+    detached = tokens._replace(log_probs=log_probs.detach())
+    loss, sums = _CompiledPolicyLoss.apply(log_probs, detached, settings, module)
     return loss, PolicySums(*sums.unbind())
 
 
@@ -100,37 +108,25 @@ def _check(tokens: PolicyTokens, mode: str, implementation: str) -> None:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def _use_compiled(log_probs: Tensor, implementation: str) -> bool:
-    on_cpu = log_probs.device.type == "cpu"
-    if implementation == "eager" or (implementation == "auto" and not on_cpu):
-        return False
-    unfit = missing_reason()
-    if not on_cpu or log_probs.dtype != torch.float32:
-        unfit = f"no compiled policy_loss for {log_probs.dtype} on {log_probs.device.type}"
-    if unfit and implementation == "compiled":
-        raise RunError(unfit)
-    if unfit:
-        warn_slow_path(unfit)
-    return not unfit
-
-
 class _CompiledPolicyLoss(torch.autograd.Function):
     """The forward pass stores the gradient; the backward pass multiplies it by that of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, Tensor]:
-        sums, gradient = loss_and_gradient(tokens, settings)
+    def forward(
+        ctx: Any, log_probs: Tensor, tokens: PolicyTokens, settings: PolicySettings, module: ModuleType
+    ) -> tuple[Tensor, Tensor]:
+        sums, gradient = module.loss_and_gradient(tokens, settings)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums)
         return sums[0].to(log_probs.dtype), sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         if grad_loss.device.type == "cpu" and grad_loss.item() == 1:  # the loss itself was differentiated
-            return gradient, None, None
-        return gradient * grad_loss, None, None
+            return gradient, None, None, None
+        return gradient * grad_loss, None, None, None
 
 
 def _eager(tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, PolicySums]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from spear_megatron.kernels.extension import compiled_module
 
-_MODE_CODES = {"vanilla": 0, "gpg": 1, "clip_cov": 2, "kl_cov": 3}
-_NUM_SUMS = 6
+MODE_CODES = {"vanilla": 0, "gpg": 1, "clip_cov": 2, "kl_cov": 3}
+NUM_SUMS = 6
 
 
 class PolicySettings(NamedTuple):
@@ -54,7 +54,7 @@ def loss_and_gradient(tokens: PolicyTokens, settings: PolicySettings, isa: str =
     """
     held = PolicyTokens(*(None if value is None else value.contiguous() for value in tokens))
     gradient = torch.empty(len(held.log_probs), dtype=torch.float32)
-    sums = torch.empty(_NUM_SUMS, dtype=torch.float64)
+    sums = torch.empty(NUM_SUMS, dtype=torch.float64)
     compiled_module().policy_loss(
         log_probs=held.log_probs.data_ptr(),
         old_log_probs=held.old_log_probs.data_ptr(),
@@ -63,7 +63,7 @@ def loss_and_gradient(tokens: PolicyTokens, settings: PolicySettings, isa: str =
         selected=0 if held.selected is None else held.selected.data_ptr(),
         mask=0 if held.mask is None else held.mask.data_ptr(),
         tokens=len(held.log_probs),
-        mode=_MODE_CODES[settings.mode],
+        mode=MODE_CODES[settings.mode],
         low=1.0 - settings.clip_ratio_low,
         high=1.0 + settings.clip_ratio_high,
         dual=settings.clip_ratio_c,

@@ -60,13 +60,23 @@ def check_targets(targets: Tensor, valid: int) -> None:
             raise ValueError(f"targets must be token ids in [0, {valid}), found {low if low < 0 else high}")
 
 
-def gather_stats(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Statistics of every rank in rank order, [num_ranks, T, 4]; the same bits on every rank."""
+def gather_stats(stats: Tensor, group: dist.ProcessGroup | None, with_entropy: bool = True) -> Tensor:
+    """Statistics of every rank in rank order, [num_ranks, T, 4]; the same bits on every rank.
+
+    Without the entropy three numbers per row and rank travel, as the first moment is 0. With it all four must: maximum,
+    sum and moment are of the rank's own columns, and although only one rank holds the target's logit, nothing smaller
+    of one shape on every rank carries it. It fits into none of the other three exactly; a fifth message of [T], or
+    parts as long as the number of targets that a rank holds, would cost another collective or a wait for the device.
+    """
     if group is None or dist.get_world_size(group) == 1:
         return stats.unsqueeze(0)
-    parts = [torch.empty_like(stats) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, stats, group=group)
-    return torch.stack(parts)
+    sent = stats if with_entropy else torch.cat((stats[:, :2], stats[:, 3:]), dim=1)
+    parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, sent, group=group)
+    received = torch.stack(parts)
+    if with_entropy:
+        return received
+    return torch.cat((received[..., :2], torch.zeros_like(received[..., :1]), received[..., 2:]), dim=-1)
 
 
 def combine_stats(parts: Tensor, temperature: float) -> Tensor:

@@ -121,7 +121,7 @@ def _write(
             if leftover.exists():
                 shutil.rmtree(leftover)
         partial.mkdir(parents=True)
-        _write_config(source, partial, dtype)
+        write_config(source, partial, dtype)
         copy_companions(source, partial)
         _write_shards(tensors, plan_shards(shape, dtype, max_shard_bytes), partial)
         _put_in_place(partial, out_dir, old)
@@ -131,7 +131,7 @@ def _write(
     return None
 
 
-def _write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
+def write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
     """config.json unchanged, but for the declared dtype where it is not that of the weights."""
     text = (source / "config.json").read_text(encoding="utf-8")
     config: dict[str, Any] = json.loads(text)

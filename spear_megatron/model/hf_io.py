@@ -71,7 +71,7 @@ def iter_hf_tensors(
     if kind == "main_grad":
         _complete_gradients(model_chunks)
     pieces = local_pieces(model_chunks, shape, parallel.tp_size)
-    owners = _owning_stages(pieces, parallel)
+    owners = owning_stages(pieces, parallel)
     for name, hf_shape in shape.parameter_shapes().items():
         yield name, _full_tensor(pieces, name, hf_shape, owners[name], parallel, kind, dtype)
 
@@ -86,7 +86,7 @@ def _load_piece(weights: HFWeights, name: str, piece: Piece, tp_rank: int) -> No
         target[filled:].zero_()
 
 
-def _owning_stages(pieces: dict[str, list[Piece]], parallel: ParallelState) -> dict[str, int]:
+def owning_stages(pieces: dict[str, list[Piece]], parallel: ParallelState) -> dict[str, int]:
     """Hugging Face name -> first pipeline rank that holds it (tied embeddings live on the first and the last)."""
     stages: list[list[str]] = [[] for _ in range(parallel.pp_size)]
     if parallel.pp_size == 1:

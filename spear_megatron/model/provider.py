@@ -57,12 +57,13 @@ def build_model(
         megatron.tensor_model_parallel_size,
         megatron.pipeline_model_parallel_size,
         megatron.virtual_pipeline_model_parallel_size,
+        megatron.context_parallel_size,
     )
-    made = (parallel.tp_size, parallel.pp_size, parallel.vpp_size)
+    made = (parallel.tp_size, parallel.pp_size, parallel.vpp_size, parallel.cp_size)
     if wanted != made:
         raise ValueError(
-            f"the process groups were made for (tensor, pipeline, virtual pipeline) sizes {made}, the model wants "
-            f"{wanted}: initialise them with the same sizes"
+            f"the process groups were made for (tensor, pipeline, virtual pipeline, context) sizes {made}, the model "
+            f"wants {wanted}: initialise them with the same sizes"
         )
     on_cuda = parallel.platform.is_cuda
     use_te = choose_transformer_engine(kernels, parallel.platform, dtype)

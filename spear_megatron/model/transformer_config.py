@@ -98,6 +98,7 @@ def build_transformer_config(
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=megatron.virtual_pipeline_model_parallel_size,
+        context_parallel_size=megatron.context_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
         recompute_granularity=megatron.recompute_granularity,
         recompute_method=megatron.recompute_method,

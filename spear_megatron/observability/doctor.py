@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from spear_megatron.observability import patterns_mismatch as mismatch
 from spear_megatron.observability import patterns_policy as policy
 from spear_megatron.observability import patterns_replay as replay
 from spear_megatron.observability import patterns_rollout as rollout
@@ -16,6 +17,9 @@ CHECKS: tuple[Callable[[Record], Finding | None], ...] = (
     policy.entropy_collapse,
     policy.entropy_explosion,
     policy.rollout_drift,
+    mismatch.mismatch_warned,
+    mismatch.mismatch_masked,
+    mismatch.mismatch_blind,
     policy.zero_variance,
     policy.grad_norm_spikes,
     policy.nonfinite_steps,

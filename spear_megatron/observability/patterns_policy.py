@@ -48,7 +48,8 @@ def entropy_explosion(record: Record) -> Finding | None:
 def rollout_drift(record: Record) -> Finding | None:
     """Engine and trainer disagree on the log-probs of the sampled tokens."""
     last = tail(record, "training/rollout_logp_abs_diff/mean")
-    if last is None or last.value < 0.05:
+    # Where the gate warned, its own finding tells more.
+    if last is None or last.value < 0.05 or any(line.get("mismatch/warned") for line in record):
         return None
     key = "actor_rollout_ref.model.dtype"
     return Finding(

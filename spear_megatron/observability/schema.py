@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from spear_megatron.observability.schema_mismatch import MISMATCH
 from spear_megatron.observability.schema_spear import SPEAR
 from spear_megatron.observability.schema_types import Metric, spread
 
@@ -92,6 +93,29 @@ _PERF = (
     Metric("perf/imbalance", "largest load of a data-parallel rank over the mean, minus 1", "ratio"),
 )
 
+_FIGURES = (
+    ("attempts", "requests sent to a server, repeated ones included", "requests"),
+    ("sampled_tokens", "tokens of complete answers", "tokens"),
+    ("prompt_tokens", "prompt tokens of complete answers", "tokens"),
+    ("cached_tokens", "prompt tokens found in a server's prefix cache", "tokens"),
+    ("aborted", "requests that were aborted", "requests"),
+    ("lost", "attempts without an answer that could be used", "requests"),
+)
+
+_ENGINE = (
+    Metric("engine/requests", "requests of the agent loop to SGLang servers", "requests"),
+    Metric("engine/retries", "requests sent again after a server failed", "requests"),
+    Metric("engine/moved_sessions", "conversations that went to another server than before", "trajectories"),
+    Metric("engine/servers_down", "servers that do not answer, summed over the leaders that see it", "servers"),
+    Metric("weights/servers", "servers that took the weights of the step, checked", "servers"),
+    Metric("weights/stale_servers", "servers without them, from which nothing is sampled", "servers"),
+    Metric("weights/resends", "transfers after the first one, because weights arrived wrong", "transfers"),
+    Metric("weights/peak_gathered_mb", "most gathered weights alive on one rank so far", "MiB"),
+    Metric("weights/probe_difference", "largest log-prob difference of a fixed prompt, servers to trainer", "nats"),
+    *(Metric(f"engine/{name}", f"{meaning}, all servers", unit) for name, meaning, unit in _FIGURES),
+    *(Metric(f"engine_server/<server>/{name}", f"{meaning}, one server", unit) for name, meaning, unit in _FIGURES),
+)
+
 _HELD_OUT = (
     ("success_rate", "held-out success rate", "fraction"),
     ("success_rate_low", "lower end of the 95 % interval of the success rate", "fraction"),
@@ -109,7 +133,9 @@ _VALIDATION = (
     Metric("env/<name>", "whatever a custom environment or reward reports, mean over trajectories", "any"),
 )
 
-METRICS: tuple[Metric, ...] = (*_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *_TIMING, *_PERF, *_VALIDATION)
+METRICS: tuple[Metric, ...] = (
+    *_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *MISMATCH, *_TIMING, *_PERF, *_ENGINE, *_VALIDATION,
+)  # fmt: skip
 
 
 def _pattern(name: str) -> re.Pattern[str]:

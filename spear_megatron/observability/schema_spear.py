@@ -54,7 +54,7 @@ def _covariance(prefix: str, tokens: str) -> tuple[Metric, ...]:
 _FILTERS = (
     Metric(
         "filter/<reason>",
-        "trajectories that carry no loss for this reason: overlong, incomplete, repetitive or unreadable",
+        "trajectories that carry no loss for this reason: overlong, incomplete, repetitive, unreadable or mismatch",
         "fraction",
     ),
     Metric("filter/groups_dropped", "task groups left out of the update", "groups"),

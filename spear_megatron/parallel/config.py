@@ -13,8 +13,8 @@ _RECOMPUTE_METHODS = (None, "uniform", "block")
 class MegatronConfig:
     """Keys under ``actor_rollout_ref.actor.megatron``.
 
-    The data-parallel size is what remains: world size / (tensor * pipeline). ``recompute_*`` trade compute for
-    activation memory: ``selective`` recomputes the core attention, ``full`` whole layers (``recompute_method`` and
+    The data-parallel size is what remains: world size / (tensor * context * pipeline). ``recompute_*`` trade compute
+    for activation memory: ``selective`` recomputes the core attention, ``full`` whole layers (``recompute_method`` and
     ``recompute_num_layers`` say which).
     """
 
@@ -25,7 +25,7 @@ class MegatronConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank, run interleaved; null for one."""
     context_parallel_size: int = 1
-    """Ranks that share a sequence; only 1 is supported."""
+    """Ranks that share every sequence by tokens, for long ones; each is padded to a multiple of twice this."""
     sequence_parallel: bool = False
     """Cut the activations between matrices by tokens over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = True
@@ -41,11 +41,6 @@ class MegatronConfig:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{_PREFIX}.{name} must be at least 1, got {getattr(self, name)}")
-        if self.context_parallel_size > 1:
-            raise ValueError(
-                f"{_PREFIX}.context_parallel_size={self.context_parallel_size} is not supported: set it to 1 and "
-                "split long sequences with sequence_parallel instead"
-            )
         self._check_pipeline()
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError(f"{_PREFIX}.sequence_parallel needs tensor_model_parallel_size > 1; set it to false")
@@ -54,7 +49,7 @@ class MegatronConfig:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def num_chunks(self) -> int:

@@ -14,10 +14,10 @@ from spear_megatron.device.platform import Platform, detect_platform
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelState:
-    """Where this process stands. Ranks vary fastest in tensor, then data, then pipeline parallelism.
+    """Where this process stands. Ranks vary fastest in tensor, then context, data, and pipeline parallelism.
 
-    ``model_group`` holds the tp * pp ranks that share one copy of the model; its leader (tp_rank 0, pp_rank 0) is
-    ``leader_rank``. ``leader_group`` (gloo) holds the leaders of all data-parallel ranks and is None on the others.
+    ``model_group`` holds the tp * cp * pp ranks that work on the same rows; its leader (tp_rank 0, cp_rank 0, pp_rank
+    0) is ``leader_rank``. ``leader_group`` (gloo) holds the leaders of all data-parallel ranks, and is None elsewhere.
     ``cpu_group`` (gloo) holds every rank: it moves Python objects and CPU tensors. ``store`` is the key-value store
     of the whole job. Only the main thread may use a group; the store may be used from any thread.
     """
@@ -30,10 +30,13 @@ class ParallelState:
     pp_rank: int
     pp_size: int
     vpp_size: int | None
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
     leader_group: dist.ProcessGroup | None
@@ -43,7 +46,12 @@ class ParallelState:
 
     @property
     def is_leader(self) -> bool:
-        return self.tp_rank == 0 and self.pp_rank == 0
+        return self.tp_rank == 0 and self.cp_rank == 0 and self.pp_rank == 0
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that work on the same rows."""
+        return self.tp_size * self.cp_size * self.pp_size
 
     @property
     def is_first_stage(self) -> bool:
@@ -79,7 +87,7 @@ def initialize(
 
     Args:
         tp, pp, vpp: tensor, pipeline and virtual pipeline sizes; the rest of the world is data parallel.
-        cp: context parallel size; only 1 is supported.
+        cp: context parallel size.
         seed: of Megatron's per-rank random states (dropout is off everywhere: they only have to exist).
         timeout_s: deadline of every collective.
         platform: device and backend; detected from LOCAL_RANK if not given.
@@ -92,19 +100,18 @@ def initialize(
     platform = platform or detect_platform(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=timeout_s)
     store = _start_distributed(world_size, platform, timeout)
-    _start_megatron(tp=tp, pp=pp, vpp=vpp, seed=seed, timeout_s=timeout_s)
+    _start_megatron(tp=tp, pp=pp, cp=cp, vpp=vpp, seed=seed, timeout_s=timeout_s)
     return _describe(platform, store, vpp, timeout)
 
 
 def _check_sizes(world_size: int, *, tp: int, pp: int, cp: int, vpp: int | None) -> None:
-    if cp != 1:
-        raise ValueError(f"context_parallel_size={cp} is not supported: set it to 1")
-    if min(tp, pp) < 1:
-        raise ValueError(f"tensor and pipeline model parallel sizes must be at least 1, got {tp} and {pp}")
-    if world_size % (tp * pp):
+    if min(tp, pp, cp) < 1:
+        raise ValueError(f"tensor, pipeline and context parallel sizes must be at least 1, got {tp}, {pp} and {cp}")
+    if world_size % (tp * pp * cp):
+        context = f" x context_parallel_size={cp}" if cp > 1 else ""
         raise ValueError(
             f"{world_size} processes cannot hold models of tensor_model_parallel_size={tp} x "
-            f"pipeline_model_parallel_size={pp}: start a multiple of {tp * pp} processes"
+            f"pipeline_model_parallel_size={pp}{context}: start a multiple of {tp * pp * cp} processes"
         )
     if vpp is not None and (vpp < 2 or pp < 2):
         raise ValueError(
@@ -137,7 +144,7 @@ def _start_distributed(world_size: int, platform: Platform, timeout: timedelta) 
     return dist.PrefixStore(f"spear_megatron/{generation}", store)
 
 
-def _start_megatron(*, tp: int, pp: int, vpp: int | None, seed: int, timeout_s: float) -> None:
+def _start_megatron(*, tp: int, pp: int, cp: int, vpp: int | None, seed: int, timeout_s: float) -> None:
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -148,6 +155,7 @@ def _start_megatron(*, tp: int, pp: int, vpp: int | None, seed: int, timeout_s: 
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vpp,
+            context_parallel_size=cp,
             distributed_timeout_minutes=timeout_s / 60,  # any number: it goes into a timedelta
         )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -157,7 +165,7 @@ def _describe(platform: Platform, store: dist.Store, vpp: int | None, timeout: t
     from megatron.core import parallel_state as mpu
 
     rank = dist.get_rank()
-    model_group = mpu.get_model_parallel_group()
+    model_group = _model_group(timeout)
     leader_rank = min(dist.get_process_group_ranks(model_group))
     leaders: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(leaders, leader_rank)
@@ -173,10 +181,13 @@ def _describe(platform: Platform, store: dist.Store, vpp: int | None, timeout: t
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
         pp_size=mpu.get_pipeline_model_parallel_world_size(),
         vpp_size=vpp,
+        cp_rank=mpu.get_context_parallel_rank(),
+        cp_size=mpu.get_context_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         dp_size=mpu.get_data_parallel_world_size(),
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
+        cp_group=mpu.get_context_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
         model_group=model_group,
         leader_group=leader_group if rank == leader_rank else None,
@@ -184,3 +195,19 @@ def _describe(platform: Platform, store: dist.Store, vpp: int | None, timeout: t
         leader_rank=leader_rank,
         store=store,
     )
+
+
+def _model_group(timeout: timedelta) -> dist.ProcessGroup:
+    """The ranks of this rank's model copy; Megatron knows them without context parallelism only."""
+    from megatron.core import parallel_state as mpu
+
+    if mpu.get_context_parallel_world_size() == 1:
+        return mpu.get_model_parallel_group()
+    copies: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(copies, mpu.get_data_parallel_rank())
+    own = None
+    for copy in sorted(set(copies)):  # every rank takes part in making every group
+        group = dist.new_group([rank for rank, number in enumerate(copies) if number == copy], timeout=timeout)
+        own = group if copy == mpu.get_data_parallel_rank() else own
+    assert own is not None
+    return own

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from spear_megatron.algorithms.mismatch import num_turns
 from spear_megatron.data.exchange import TensorRecord
 from spear_megatron.types import Row, Trajectory, TrajectoryId
 
@@ -84,6 +85,8 @@ def replay_rows(
                 rollout_log_probs=parts["rollout_log_probs"][segment],
                 advantages=mask.float() * advantage,
                 old_log_probs=parts["old_log_probs"][segment],
+                policy_versions=parts["policy_versions"][segment],
+                first_turn=1 + sum(num_turns(earlier) for earlier in parts["response_mask"][:segment]),
             )
         )
     return rows

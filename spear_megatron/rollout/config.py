@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from spear_megatron.rollout.sglang.config import SGLangConfig
+
 LOWEST_TEMPERATURE = 1e-3  # below it scaled logits leave the range of float32; 0 itself is greedy
 _PREFIX = "actor_rollout_ref.rollout"
 
@@ -53,21 +55,58 @@ class ValKwargsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MismatchConfig:
+    """Bounds on the difference d between the trainer's and the engine's log-probs of sampled tokens, in nats.
+
+    Only tokens of the current weights count. Means of |d| to expect: 2e-7 with the embedded engine and an fp32 trainer,
+    3e-3 to 1e-2 with a bf16 trainer, about 1e-2 where bf16 engine and trainer use different kernels; wrong weights,
+    templates or temperatures give 0.1 and more. So the default of ``warn`` lies in between; to mask and to stop are
+    choices, because one bound does not fit every engine.
+
+    Attributes:
+        warn: warn in every step whose mean |d| is above it; null never does.
+        stop: stop the run at a step whose mean |d| is above it; null never does.
+        mask: trajectories whose mean, by ``mask_by``, is above it leave the loss like filtered ones; needs the pass for
+            old log-probs, also in steps of a single update. null masks none.
+        mask_by: what ``mask`` bounds: the mean of |d|, or the k3 estimate of KL(engine, trainer) per token.
+        token_bound: |d| from which on a token counts in the share mismatch/over_bound.
+        keep_batches: newest batches of mismatches, and newest of non-finite steps, that stay in the run directory.
+    """
+
+    warn: float | None = 0.05
+    stop: float | None = None
+    mask: float | None = None
+    mask_by: Literal["abs_diff", "k3"] = "abs_diff"
+    token_bound: float = 0.1
+    keep_batches: int = 5
+
+    def __post_init__(self) -> None:
+        prefix = f"{_PREFIX}.mismatch"
+        for name in ("warn", "stop", "mask", "token_bound"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{prefix}.{name} must be a positive number of nats, got {value}")
+        _require_positive(f"{prefix}.keep_batches", self.keep_batches)
+        if self.warn is not None and self.stop is not None and self.stop < self.warn:
+            raise ValueError(f"{prefix}.stop={self.stop} lies below warn={self.warn}: raise it, or lower warn")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How trajectories are sampled for training.
 
     Attributes:
-        name: the engine; ``embedded`` runs inside the data-parallel leaders.
+        name: the engine; ``embedded`` runs inside the data-parallel leaders, ``sglang`` asks servers.
         n: trajectories per prompt.
         temperature: sampling temperature of training; the trainer's log-probs use it too.
         top_p, top_k: only off (1.0 and -1) in training, where the policy gradient is that of the whole distribution.
-        max_num_seqs: requests that one engine computes together.
+        max_num_seqs: requests that one embedded engine computes together, or that all leaders keep at one server.
         rollout_filter_ratio: share of a step's task groups that is trained on, chosen by the spread of their rewards.
         rollout_filter_type: std keeps the groups of largest standard deviation, std_rev those of smallest.
         max_model_len: tokens of prompt and response together; None takes data.max_prompt_length + max_response_length.
     """
 
-    name: str = "embedded"
+    name: Literal["embedded", "sglang"] = "embedded"
     n: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
@@ -78,10 +117,11 @@ class RolloutConfig:
     rollout_filter_type: Literal["std", "std_rev"] = "std"
     multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
 
     def __post_init__(self) -> None:
-        if self.name != "embedded":
-            raise ValueError(f"{_PREFIX}.name={self.name!r} is not an engine, use 'embedded'")
+        self._check_engine()
         _require_positive(f"{_PREFIX}.n", self.n)
         _require_positive(f"{_PREFIX}.max_num_seqs", self.max_num_seqs)
         if self.max_model_len is not None:
@@ -97,6 +137,19 @@ class RolloutConfig:
                     f"{_PREFIX}.{name}={getattr(self, name)} would train on a restricted distribution whose log-probs "
                     f"the loss does not see: set it to {off} (val_kwargs.{name} may restrict evaluation)"
                 )
+
+    def _check_engine(self) -> None:
+        if self.name not in ("embedded", "sglang"):
+            raise ValueError(f"{_PREFIX}.name={self.name!r} is not an engine, use 'embedded' or 'sglang'")
+        if self.name == "embedded":
+            given = [key for key in ("servers", "router") if getattr(self.sglang, key)]
+            if given:
+                raise ValueError(
+                    f"{_PREFIX}.sglang.{given[0]} is set, but {_PREFIX}.name=embedded asks no server: "
+                    "set name=sglang, or remove it"
+                )
+        elif not self.sglang.servers:
+            raise ValueError(f"{_PREFIX}.name=sglang needs {_PREFIX}.sglang.servers: give the URLs of running servers")
 
 
 def _require_positive(key: str, value: int) -> None:

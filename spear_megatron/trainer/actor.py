@@ -25,6 +25,7 @@ from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.kernels import linear_token_logprobs
 from spear_megatron.model.head import HeadInput
 from spear_megatron.parallel.agreement import agree_any, gather_objects
+from spear_megatron.parallel.context import context_multiple, gathered_order
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.trainer.config import ActorConfig
 from spear_megatron.trainer.figures import Figures, StepFigures, policy_metrics, reduce_figures, rollout_metrics
@@ -44,13 +45,15 @@ class UpdateResult:
         skipped: None, or why weights, optimizer and schedule are untouched on every rank: ``nonfinite`` (loss or
             gradient) or ``empty`` (no sampled token anywhere).
         metrics: figures over all ranks; loss and gradient norm may be non-finite when skipped.
-        used: tokens under covariance regularisation and token weight of each replayed trajectory; this rank's own,
-            unlike the rest.
+        used: tokens under covariance regularisation and token weight of each replayed trajectory.
+        log_probs: float32 [n] per row, before the update: first of the rows, then of the replayed ones; None unless
+            asked for. ``used`` and these are this rank's own, unlike the rest.
     """
 
     skipped: str | None
     metrics: dict[str, float]
     used: dict[TrajectoryId, tuple[int, float]] = field(default_factory=dict)
+    log_probs: list[torch.Tensor] | None = None
 
 
 NO_REPLAY = ReplayTerm()
@@ -113,6 +116,11 @@ class Actor:
         filled = [replace(row, old_log_probs=value) for row, value in zip(rows, values, strict=True)]
         return filled, {"actor/entropy": figures.mean("entropy"), **rollout_metrics(figures)}
 
+    def score(self, rows: Sequence[Row], temperature: float = 1.0) -> list[Row]:
+        """Rows with ``old_log_probs`` of the current weights at a temperature of their own."""
+        values, _ = self._evaluate(rows, with_entropy=False, temperature=temperature)
+        return [replace(row, old_log_probs=value) for row, value in zip(rows, values, strict=True)]
+
     def reference_log_probs(self, rows: Sequence[Row], reference: Reference) -> list[Row]:
         """Rows with ``ref_log_probs`` of the reference weights, in the given order."""
         with reference.swapped_in(self.chunks):
@@ -127,6 +135,7 @@ class Actor:
         replay: ReplayTerm = NO_REPLAY,
         key: UpdateKey = UpdateKey(),
         advance_schedule: bool = True,
+        keep_log_probs: bool = False,
     ) -> UpdateResult:
         """One optimizer step on the rows of one mini-batch and, with ``replay``, on replayed rows.
 
@@ -136,17 +145,21 @@ class Actor:
             replay: the self-imitation term.
             key: names the optimizer step, for its random draws.
             advance_schedule: count the step in the learning-rate schedule.
+            keep_log_probs: hand back the log-probs that the loss was computed with.
 
         Raises:
             ValueError: a row lacks log-probs that the loss needs.
         """
-        lr = self.optimizer.lr
-        objective, figures, norm = self.policy_gradients(rows, on_policy=on_policy, replay=replay, key=key)
+        lr, kept = self.optimizer.lr, list[torch.Tensor]()
+        objective, figures, norm = self.policy_gradients(
+            rows, on_policy=on_policy, replay=replay, key=key, log_probs=kept if keep_log_probs else None
+        )
         skipped = self._apply(figures, norm, advance_schedule)
         if skipped == "empty":
             return UpdateResult(skipped, {})
         used = objective.used if skipped is None else {}
-        return UpdateResult(skipped, objective.metrics | policy_metrics(figures, norm, lr), used)
+        metrics = objective.metrics | policy_metrics(figures, norm, lr)
+        return UpdateResult(skipped, metrics, used, kept if keep_log_probs else None)
 
     def policy_gradients(
         self,
@@ -155,10 +168,11 @@ class Actor:
         on_policy: bool = False,
         replay: ReplayTerm = NO_REPLAY,
         key: UpdateKey = UpdateKey(),
+        log_probs: list[torch.Tensor] | None = None,
     ) -> tuple[Objective, StepFigures, float]:
         """Objective, loss figures and global gradient norm of a mini-batch; the gradients stay in the model.
 
-        Arguments as in :meth:`update`; nothing is applied.
+        Arguments as in :meth:`update`; nothing is applied. ``log_probs`` takes those of ``rows`` and replayed rows.
         """
         self._require(rows, on_policy)
         objective = self._objectives.build(rows, replay, on_policy=on_policy, key=key)
@@ -170,6 +184,7 @@ class Actor:
             temperature=self._temperature,
             with_entropy=True,
             share=self._config.sum_norm_denominator == "micro_batch_share",
+            keep=log_probs,
         )
         return objective, figures, norm
 
@@ -207,17 +222,22 @@ class Actor:
         temperature: float,
         with_entropy: bool,
         share: bool = False,
+        keep: list[torch.Tensor] | None = None,
     ) -> tuple[StepFigures, float]:
-        def compute(head: HeadInput, batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
+        def compute(head: HeadInput, batch: MicroBatch) -> tuple[torch.Tensor, tuple[Figures, torch.Tensor | None]]:
             log_probs, entropy = self._token_log_probs(head, batch, temperature, with_entropy)
-            return loss(log_probs, entropy, batch)
+            value, figures = loss(log_probs, entropy, batch)
+            return value, (figures, None if keep is None else log_probs.detach().float())
 
         with megatron_on_cpu():
             self.optimizer.zero_grad()
             batch = self._pack(rows, share)
             parts = run_forward_backward(self.chunks, batch, compute, self._parallel)
             norm = self.optimizer.gradient_norm()
-        return reduce_figures(parts, self._parallel), norm
+        if keep is not None:
+            values = self._share_last_stage([value for _, value in parts], batch)
+            keep += unpack(batch, values, [item.row for item in rows])
+        return reduce_figures([figures for figures, _ in parts], self._parallel), norm
 
     def _apply(self, figures: StepFigures, norm: float, advance_schedule: bool = True) -> str | None:
         """Update the weights unless all ranks agree not to; why not, or None."""
@@ -229,13 +249,16 @@ class Actor:
             self.optimizer.apply(norm, advance_schedule=advance_schedule)
         return None
 
-    def _evaluate(self, rows: Sequence[Row], *, with_entropy: bool) -> tuple[list[torch.Tensor], StepFigures]:
+    def _evaluate(
+        self, rows: Sequence[Row], *, with_entropy: bool, temperature: float | None = None
+    ) -> tuple[list[torch.Tensor], StepFigures]:
         """Log-probs of every row (float32 [n] on the host, 0 off its mask) on all ranks, and figures over all ranks."""
         ordered = sorted(rows, key=row_key)
         batch = self._pack([WeightedRow(row, torch.zeros(len(row.ids))) for row in ordered])
+        scale = self._temperature if temperature is None else temperature
 
         def read(head: HeadInput, micro_batch: MicroBatch) -> tuple[torch.Tensor, Figures]:
-            log_probs, entropy = self._token_log_probs(head, micro_batch, self._temperature, with_entropy)
+            log_probs, entropy = self._token_log_probs(head, micro_batch, scale, with_entropy)
             mask = micro_batch.loss_mask
             sums, maxima = rollout_difference(log_probs[mask], micro_batch.rollout_log_probs[mask])
             sums["tokens"] = figure(mask)
@@ -268,9 +291,10 @@ class Actor:
         )
 
     def _share_last_stage(self, values: Sequence[torch.Tensor], batch: TrainBatch) -> list[torch.Tensor]:
-        """Per-micro-batch results of the last stage on every stage, on the host."""
+        """Per-micro-batch results of the last stage, of all tokens, on every rank of the model copy, on the host."""
         parallel = self._parallel
         shape = (len(batch.micro_batches), len(batch.micro_batches[0].tokens))
+        values = self._all_tokens(values, batch)
         if parallel.pp_size == 1:
             return [value.cpu() for value in values]
         stacked = torch.stack(list(values)) if values else torch.empty(shape, device=parallel.platform.device)
@@ -278,13 +302,26 @@ class Actor:
         dist.broadcast(stacked, last, group=parallel.pp_group)
         return list(stacked.cpu())
 
+    def _all_tokens(self, values: Sequence[torch.Tensor], batch: TrainBatch) -> Sequence[torch.Tensor]:
+        """Per-micro-batch results [T] from those of this context-parallel rank's tokens."""
+        parallel = self._parallel
+        if parallel.cp_size == 1 or not values:
+            return values
+        own = torch.stack(list(values)).contiguous()
+        parts = [torch.empty_like(own) for _ in range(parallel.cp_size)]
+        dist.all_gather(parts, own, group=parallel.cp_group)
+        orders = [gathered_order(tuple(item.cu_seqlens.tolist()), parallel.cp_size) for item in batch.micro_batches]
+        return [row[order.to(row.device)] for row, order in zip(torch.cat(parts, dim=1), orders, strict=True)]
+
     def _pack(self, rows: Sequence[WeightedRow], share: bool = False) -> TrainBatch:
-        parallel, megatron = self._parallel, self._config.megatron
+        parallel, sequence_parallel = self._parallel, self._config.megatron.sequence_parallel
+        multiple = context_multiple(parallel.cp_size)
         ordered = sorted(rows, key=lambda item: row_key(item.row))
         plan = plan_packing(
             [packed_length(item.row.response_mask) for item in ordered],
             max_tokens=self._config.ppo_max_token_len_per_gpu,
-            length_multiple=parallel.tp_size if megatron.sequence_parallel else 1,
+            length_multiple=math.lcm(multiple, parallel.cp_size * (parallel.tp_size if sequence_parallel else 1)),
+            sequence_multiple=multiple,
             count_multiple=parallel.pp_size if parallel.vpp_size else 1,
             reduce_max=self._max_over_ranks,
         )

@@ -34,7 +34,8 @@ class StepFigures:
 def reduce_figures(parts: Sequence[Figures], parallel: ParallelState) -> StepFigures:
     """Combine all micro-batches of all data-parallel ranks; collective over every rank.
 
-    ``parts`` come from the last pipeline stage; its tensor-parallel copies count once. Sums run in rank order, so every
+    ``parts`` come from the last pipeline stage; its tensor-parallel copies count once, context-parallel ranks hold
+    tokens of their own. Sums run in rank order, so every
     rank gets the same bits.
     """
     own: tuple[dict[str, float], dict[str, float]] = ({}, {})

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spear_megatron.algorithms.config import AlgorithmConfig
+from spear_megatron.checkpoint.store import step_name
+from spear_megatron.data.batch_files import BatchInfo, BatchRow
 from spear_megatron.data.files import FileEntry
 from spear_megatron.evaluation.run import evaluate
 from spear_megatron.observability.timing import PhaseTimer
-from spear_megatron.parallel.agreement import agree_any
+from spear_megatron.parallel.agreement import agree_any, gather_objects
 from spear_megatron.parallel.errors import named_waits
 from spear_megatron.rollout.collect import Collected, Tasks
+from spear_megatron.trainer.mismatch_gate import MismatchGate
 from spear_megatron.trainer.metrics import mean_metrics, replay_token_share, rollout_metrics, throughput_metrics
 from spear_megatron.trainer.parts import Parts, Progress, StepSettings
 from spear_megatron.trainer.run_config import TrainerConfig
@@ -39,6 +42,8 @@ class RunFrame:
         self._updates_done = 0
         self._used: list[Mapping[TrajectoryId, tuple[int, float]]] = []
         self._notes: list[str] = []
+        self._gate = MismatchGate(self.settings.mismatch, self.parts.parallel, self._save_batch)
+        self._measured = False
         self._step = 0
 
     def begin(self) -> None:
@@ -56,6 +61,7 @@ class RunFrame:
         """1-based step numbers that are still to do; entering a step resets its figures."""
         for step in range(self.progress.step + 1, self.trainer.total_training_steps + 1):
             self._metrics, self._updates, self._updates_done, self._used, self._step = {}, [], 0, [], step
+            self._measured = False
             if self.parts.imitation is not None:
                 self.parts.imitation.begin_step()
             yield step
@@ -69,7 +75,11 @@ class RunFrame:
 
     def publish(self, version: int) -> None:
         """Give the engine the current weights; tokens sampled from now on carry ``version``."""
-        self.parts.publish_weights(version)
+        outcome = self.parts.publish_weights(version)
+        if outcome is not None:
+            self._metrics.update(outcome.metrics())
+            for note in outcome.notes:
+                self.parts.recorder.message(note)
 
     def evaluate_if_due(self, step: int) -> None:
         """Measure held-out success every ``trainer.test_freq`` steps and after the last one."""
@@ -115,6 +125,7 @@ class RunFrame:
                 **replay_token_share(self._updates),
                 **rollout_metrics(collected.index, scores),
                 **throughput_metrics(collected.index, timings, self.parts.parallel.world_size),
+                **self._engine_metrics(),
                 **self._metrics,
                 "training/num_optimizer_steps": float(len(self._updates)),
                 "training/skipped_steps": float(self.progress.skipped_steps),
@@ -123,6 +134,16 @@ class RunFrame:
             },
         )
         self.progress.step = step
+
+    def _engine_metrics(self) -> dict[str, float]:
+        """Figures of the engine, summed over the leaders."""
+        if self.parts.engine_metrics is None:
+            return {}
+        figures: dict[str, float] = {}
+        for part in gather_objects(self.parts.parallel, self.parts.engine_metrics()):
+            for name, value in part.items():
+                figures[name] = figures.get(name, 0.0) + value
+        return figures
 
     def save_if_due(self, step: int) -> None:
         """Checkpoint when due, after the last step, and when a stop signal reached any rank."""
@@ -143,6 +164,12 @@ class RunFrame:
         self.parts.checkpoints.save(
             step, self.parts.actor.chunks, optimizer.megatron, optimizer.scheduler, states, external=external
         )
+
+    def _save_batch(self, info: BatchInfo, rows: Sequence[BatchRow]) -> Path:
+        """Keep a batch that something is wrong with, and name the checkpoint nearest to its weights."""
+        older = [step for step in self.parts.checkpoints.steps() if step <= info.policy_version]
+        checkpoint = f"checkpoints/{step_name(max(older))}" if older else None
+        return self.parts.batch_files.save(replace(info, checkpoint=checkpoint), rows)
 
     def restore(self) -> int | None:
         """Continue from the newest good checkpoint; returns its step, or None without any.

@@ -10,8 +10,9 @@ def train(run: Run) -> None:
 
     Every rank runs this function with the same steps and takes the same branches. A step is: collect groups with the
     current policy, shape their rewards and filter them, choose earlier successes to imitate, bring rows to the ranks
-    that train on them, evaluate old and reference log-probs, compare rewards within groups, take the optimizer steps
-    on J_GRPO + gamma * J_SIL, push this step's successes for later, publish the weights, record, save.
+    that train on them, evaluate old log-probs and hold the engine's against them, evaluate reference log-probs,
+    compare rewards within groups, take the optimizer steps on J_GRPO + gamma * J_SIL, push this step's successes for
+    later, publish the weights, record, save.
     """
     run.begin()
     for step in run.remaining_steps():
@@ -25,6 +26,7 @@ def train(run: Run) -> None:
             rows = run.deal(collected, scores, replayed)
         with run.phase("old_log_prob"):
             rows = run.old_log_probs(rows)
+            scores = run.check_rollout(step, scores, rows)
         with run.phase("ref"):
             rows = run.reference_log_probs(rows)
         with run.phase("adv"):

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, TokenSet, select_tokens
+from spear_megatron.algorithms.covariance_device import select_on_device
 from spear_megatron.algorithms.kl import kl_estimate
+from spear_megatron.kernels import cov_select_cuda
 from spear_megatron.kernels.policy_loss import PolicySums, policy_loss
 from spear_megatron.trainer.figures import Figures
 from spear_megatron.types import MicroBatch
@@ -160,8 +162,13 @@ def _draw(
 ) -> tuple[torch.Tensor, Sums]:
     """Tokens chosen by covariance within this micro-batch, bool [T], and the counts."""
     assert rule.draw is not None
-    places = mask.nonzero().squeeze(1)
     values = (log_probs.detach(), old_log_probs, batch.advantages, batch.token_keys)
+    if cov_select_cuda.usable(mask.device, rule.implementation):
+        there = select_on_device([TokenSet(*values)], rule.draw, mask)
+        numbers = there.numbers
+        figures = {f"{prefix}candidates": numbers.num_candidates, f"{prefix}near_bound": numbers.num_near_bound}
+        return there.masks[0], figures
+    places = mask.nonzero().squeeze(1)
     own = TokenSet(*(value[places] for value in values))
     drawn = select_tokens([own], rule.draw, implementation=rule.implementation)
     selected = torch.zeros_like(mask)

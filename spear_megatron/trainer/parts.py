@@ -9,6 +9,7 @@ from typing import Literal
 
 from spear_megatron.algorithms.schedules import Curriculum, ScheduledCurriculum
 from spear_megatron.checkpoint.manager import CheckpointManager
+from spear_megatron.data.batch_files import BatchFiles
 from spear_megatron.data.prompts import PromptSource
 from spear_megatron.observability.lineage import LineageStore
 from spear_megatron.observability.record import Recorder
@@ -16,11 +17,13 @@ from spear_megatron.observability.trajectories import TrajectoryStore
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rewards.compose import RewardRule
 from spear_megatron.rollout.collect import Collector
+from spear_megatron.rollout.config import MismatchConfig
 from spear_megatron.rollout.engine import SamplingParams
 from spear_megatron.trainer.actor import Actor
 from spear_megatron.trainer.imitation import Imitation
 from spear_megatron.trainer.reference import Reference
 from spear_megatron.types import Prompt, Row, Trajectory
+from spear_megatron.weights.publisher import Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +38,24 @@ class Parts:
     collector: Collector
     checkpoints: CheckpointManager
     recorder: Recorder
+    batch_files: BatchFiles
     trajectories: TrajectoryStore | None
-    publish_weights: Callable[[int], None]
+    publish_weights: Callable[[int], Published | None]
     export: Callable[[Path], None]
     answer_of: Callable[[Trajectory], str | None]
     stop_requested: Callable[[], bool]
     curriculum: Curriculum = ScheduledCurriculum()
     imitation: Imitation | None = None
     lineage: LineageStore | None = None
+    engine_metrics: Callable[[], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
     """Plain values that the phases need.
 
-    ``needs_old_log_probs``: something besides the ratio reads them (replay, covariance selection, correction), so that
-    a step with a single update computes them too.
+    ``needs_old_log_probs``: something besides the ratio reads them (replay, covariance selection, correction, mask of
+    mismatched trajectories), so that a step with a single update computes them too.
     """
 
     prompts_per_step: int
@@ -67,6 +72,7 @@ class StepSettings:
     replay_update: Literal["joint", "separate"] = "joint"
     old_log_prob: Literal["trainer", "rollout"] = "trainer"
     needs_old_log_probs: bool = False
+    mismatch: MismatchConfig = MismatchConfig()
 
 
 @dataclass(frozen=True, slots=True)

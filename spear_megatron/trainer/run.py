@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-
 from spear_megatron.algorithms.filters import group_spread, informative_groups
-from spear_megatron.data.exchange import redistribute, row_to_record
+from spear_megatron.data.batch_files import BatchInfo, BatchRow
+from spear_megatron.data.exchange import redistribute
 from spear_megatron.data.index import IndexRow
 from spear_megatron.data.packing import row_key
 from spear_megatron.data.rows import group_rows, kl_penalties, masked_row, with_advantages
@@ -33,6 +32,7 @@ class Run(RunFrame):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._deal = Deal()
+        self._passed = False
         self._replayed = NOTHING_REPLAYED
         self._replay_rows: list[Row] = []
 
@@ -136,6 +136,7 @@ class Run(RunFrame):
 
         A step with a single update on current weights needs no pass, unless something else reads them.
         """
+        self._passed = False
         if self.settings.old_log_prob == "rollout":
             return [replace(row, old_log_probs=row.rollout_log_probs) for row in rows]
         needed = self.settings.needs_old_log_probs or self.algorithm.use_kl_in_reward
@@ -143,7 +144,34 @@ class Run(RunFrame):
             return rows
         rows, metrics = self.parts.actor.log_probs(rows)
         self._metrics.update(metrics)
+        self._passed = True
         return rows
+
+    def check_rollout(self, step: int, scores: Scores, rows: Sequence[Row]) -> Scores:
+        """Compare the engine's log-probs with the trainer's where these are there before the update.
+
+        Returns:
+            Scores without the trajectories that differ too much, if those are to be masked.
+
+        Raises:
+            RunError: on every rank, when the step as a whole differs too much.
+        """
+        if not self._passed:
+            return scores
+        own = [row.old_log_probs for row in rows if row.old_log_probs is not None]
+        self._judge(step, rows, own)
+        masked = self._gate.masked(rows, own, step - 1)
+        if self.settings.mismatch.mask is not None:
+            self._metrics["filter/mismatch"] = len(masked) / max(len(scores.rewards), 1)
+        counted = scores.counted if self.algorithm.filtered_in_statistics else scores.counted - masked.keys()
+        return replace(scores, masked={**masked, **scores.masked}, counted=counted)
+
+    def _judge(self, step: int, rows: Sequence[Row], log_probs: Sequence[torch.Tensor]) -> None:
+        metrics, text = self._gate.judge(step, rows, log_probs, version=step - 1)
+        self._measured = True
+        self._metrics.update(metrics)
+        if text is not None:
+            self.parts.recorder.message(text)
 
     def reference_log_probs(self, rows: list[Row]) -> list[Row]:
         """Log-probs of the initial policy, where a KL term needs them."""
@@ -199,7 +227,8 @@ class Run(RunFrame):
         """One optimizer step; a step that is not finite is skipped everywhere, counted and saved.
 
         Raises:
-            RunError: on every rank, after ``trainer.max_nonfinite_steps`` such steps in a row.
+            RunError: on every rank, after ``trainer.max_nonfinite_steps`` such steps in a row, or when engine and
+                trainer are too far apart.
         """
         own_mini_batches = len(set(self._deal.mini_batch_of.values()))
         result = self.parts.actor.update(
@@ -208,20 +237,34 @@ class Run(RunFrame):
             replay=ReplayTerm(rows=mini_batch.replayed, coefficient=self._replayed.gamma),
             key=UpdateKey(step, self._updates_done),
             advance_schedule=self._updates_done % max(len(self._deal.numbers), 1) < own_mini_batches,
+            keep_log_probs=not self._measured,
         )
         self._used.append(result.used)
         self._updates_done += 1
         if result.skipped is None:
             self._updates.append(result.metrics)
             self.progress.nonfinite_streak = 0
-            return
-        if result.skipped == "empty":
+            if result.log_probs is not None:
+                self._judge(step, mini_batch.rows, result.log_probs[: len(mini_batch.rows)])
+        elif result.skipped == "empty":
             self.progress.skipped_steps += 1
-            return
+        else:
+            self._count_nonfinite(step, mini_batch, result.log_probs)
+
+    def _count_nonfinite(self, step: int, batch: MiniBatch, log_probs: Sequence[torch.Tensor] | None) -> None:
         self.progress.nonfinite_steps += 1
         self.progress.nonfinite_streak += 1
-        path = self._save_batch(step, [*mini_batch.rows, *mini_batch.replayed])
-        self.parts.recorder.message(f"step {step}: loss or gradient not finite, update skipped; batch saved to {path}")
+        rows = [(row, False) for row in batch.rows] + [(row, True) for row in batch.replayed]
+        # Where the log-probs of the update itself are not at hand, those before it are.
+        values = log_probs or [None if replayed else row.old_log_probs for row, replayed in rows]
+        saved = [
+            BatchRow(row=row, log_probs=value, replayed=replayed)
+            for (row, replayed), value in zip(rows, values, strict=True)
+        ]
+        update, text = self._updates_done - 1, f"step {step}: loss or gradient not finite, update skipped"
+        info = BatchInfo(kind="nonfinite", step=step, update=update, policy_version=step - 1, reason=text)
+        path = self._save_batch(info, saved)
+        self.parts.recorder.message(f"{text}; batch saved to {path}")
         if self.progress.nonfinite_streak >= self.trainer.max_nonfinite_steps:
             raise RunError(
                 f"{self.progress.nonfinite_streak} optimizer steps in a row were not finite (last: step {step}); "
@@ -236,12 +279,3 @@ class Run(RunFrame):
         self._metrics.update(
             self.parts.imitation.push(self._step, collected, scores, rows, timeout_s=timeout_s)
         )
-
-    def _save_batch(self, step: int, rows: Sequence[Row]) -> Path:
-        folder = Path(self.trainer.default_local_dir) / "nonfinite"
-        path = folder / f"step_{step:06d}.rank_{self.parts.parallel.rank}.pt"
-        if self.parts.parallel.is_leader:
-            folder.mkdir(parents=True, exist_ok=True)
-            records = [row_to_record(row) for row in rows]
-            torch.save([{"fields": dict(record.fields), **record.tensors} for record in records], path)
-        return path

@@ -12,17 +12,17 @@ import torch
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.model.forward import packed_seq_params
 from spear_megatron.model.head import HeadInput, head_weight, without_head
+from spear_megatron.parallel.context import context_positions
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.types import MicroBatch, TrainBatch
 
 HeadLoss = Callable[[HeadInput, MicroBatch], tuple[torch.Tensor, Any]]
 """(input of the LM head, micro-batch) -> (scalar loss, anything to hand back)."""
 
-_TENSORS = (
+_TOKENS = (
     "tokens",
     "targets",
     "position_ids",
-    "cu_seqlens",
     "loss_mask",
     "token_weight",
     "advantages",
@@ -51,8 +51,8 @@ def run_forward_backward(
 ) -> list[Any]:
     """Forward and backward over all micro-batches, gradients finalized over all ranks.
 
-    The loss of the step is the sum over micro-batches and data-parallel ranks: nothing divides by a count, because the
-    third value handed to Megatron (the token count) is 0 and ``calculate_per_token_loss`` is set.
+    The loss of the step is the sum over micro-batches and ranks (data and context parallel): nothing divides by a
+    count, because the third value handed to Megatron (the token count) is 0 and ``calculate_per_token_loss`` is set.
 
     Returns:
         What ``loss`` handed back, by micro-batch, on the last pipeline stage; an empty list elsewhere.
@@ -112,7 +112,7 @@ def _run(
 
     # Every stage names one, the last uses it.
     weight = head_weight(chunks[-1]) if parallel.is_last_stage else torch.empty(0)
-    items = _items(batch, parallel.platform.device)
+    items = _items(batch, parallel)
     with megatron_on_cpu():
         results = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -126,9 +126,15 @@ def _run(
     return [value for _, value in sorted(results, key=lambda pair: pair[0])]
 
 
-def _items(batch: TrainBatch, device: torch.device) -> list[_Item]:
-    items = []
+def _items(batch: TrainBatch, parallel: ParallelState) -> list[_Item]:
+    """Micro-batches on the device, with the tokens of this context-parallel rank; offsets stay those of all tokens."""
+    device, items = parallel.platform.device, []
     for index, micro_batch in enumerate(batch.micro_batches):
-        moved = replace(micro_batch, **{name: getattr(micro_batch, name).to(device) for name in _TENSORS})
-        items.append(_Item(index, moved, packed_seq_params(moved.cu_seqlens, batch.max_seqlen)))
+        tokens = {name: getattr(micro_batch, name) for name in _TOKENS}
+        if parallel.cp_size > 1:
+            own = context_positions(micro_batch.cu_seqlens.tolist(), parallel.cp_rank, parallel.cp_size)
+            tokens = {name: values[own] for name, values in tokens.items()}
+        offsets = micro_batch.cu_seqlens.to(device)
+        moved = replace(micro_batch, cu_seqlens=offsets, **{name: value.to(device) for name, value in tokens.items()})
+        items.append(_Item(index, moved, packed_seq_params(offsets, batch.max_seqlen)))
     return items

@@ -36,19 +36,29 @@ def _evaluate(
         leaf, targets, temperature=0.9, valid_vocab=valid, group=group, implementation=implementation
     )
     (weights[0] * log_probs + weights[1] * entropy).sum().backward()
+    settings = {"temperature": 0.9, "valid_vocab": valid, "group": group, "implementation": implementation}
+    alone, nothing = token_logprobs(leaf.detach(), targets, with_entropy=False, **settings)  # three numbers travel
+    assert nothing is None
+    torch.testing.assert_close(alone, log_probs.detach(), rtol=1e-6, atol=1e-6)
     return log_probs.detach(), entropy.detach(), leaf.grad
 
 
 @pytest.mark.parametrize("implementation", ["compiled", "eager"])
 @pytest.mark.parametrize(
-    ("vocab", "valid", "dtype"),
-    [(2048, 1500, torch.float32), (2048, 1003, torch.float32), (998, 998, torch.bfloat16)],
+    ("tp", "vocab", "valid", "dtype"),
+    [
+        (2, 2048, 1500, torch.float32),
+        (2, 2048, 1003, torch.float32),
+        (2, 998, 998, torch.bfloat16),
+        (4, 152576, 151936, torch.float32),  # Qwen3's vocabulary as Megatron pads it
+        (4, 152576, 152064, torch.bfloat16),
+    ],
 )
-def test_two_ranks_equal_one(implementation: str, vocab: int, valid: int, dtype: torch.dtype) -> None:
+def test_several_ranks_equal_one(tp: int, implementation: str, vocab: int, valid: int, dtype: torch.dtype) -> None:
     expected = _evaluate(1, vocab, valid, dtype, implementation)
-    ranks = run_ranks(_evaluate, 2, 2, vocab, valid, dtype, implementation)
-    for one, other in zip(ranks[0][:2], ranks[1][:2], strict=True):
-        assert torch.equal(one, other)
+    ranks = run_ranks(_evaluate, tp, tp, vocab, valid, dtype, implementation)
+    for rank in ranks[1:]:
+        assert torch.equal(rank[0], ranks[0][0]) and torch.equal(rank[1], ranks[0][1])
     for value, reference in zip(ranks[0][:2], expected[:2], strict=True):
         assert torch.isfinite(reference).all()
         torch.testing.assert_close(value, reference, rtol=1e-6, atol=1e-5)

@@ -10,8 +10,8 @@ from harness import RankError, run_ranks
 from spear_megatron.parallel.state import initialize
 
 
-def _coordinates(tp: int, pp: int, vpp: int | None) -> dict[str, object]:
-    state = initialize(tp=tp, pp=pp, vpp=vpp, timeout_s=60)
+def _coordinates(tp: int, pp: int, vpp: int | None, cp: int = 1) -> dict[str, object]:
+    state = initialize(tp=tp, pp=pp, vpp=vpp, cp=cp, timeout_s=60)
     total = torch.tensor([state.rank + 1])
     dist.all_reduce(total, group=state.cpu_group)
     state.store.set(f"key-{state.rank}", str(state.rank))
@@ -32,6 +32,18 @@ def _coordinates(tp: int, pp: int, vpp: int | None) -> dict[str, object]:
 
 
 LAYOUTS = [(1, 1, None, 2), (2, 1, None, 2), (1, 2, 2, 2), (2, 1, None, 4)]
+
+
+def test_context_parallel_ranks_belong_to_one_model_copy() -> None:
+    results = run_ranks(_coordinates, 8, 2, 2, None, 2)
+    for rank, result in enumerate(results):
+        tp_rank, dp_rank, pp_rank = result["coordinates"]
+        assert (rank % 2, dp_rank, rank // 4) == (tp_rank, 0, pp_rank)
+        assert result["model"] == list(range(8)) and result["leaders"] == ([0] if rank == 0 else None)
+    results = run_ranks(_coordinates, 4, 1, 1, None, 2)
+    assert [result["model"] for result in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [result["is_leader"] for result in results] == [True, False, True, False]
+    assert [result["leaders"] for result in results if result["is_leader"]] == [[0, 2]] * 2
 
 
 @pytest.mark.parametrize(("tp", "pp", "vpp", "world"), LAYOUTS)

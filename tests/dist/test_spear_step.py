@@ -25,6 +25,7 @@ LAYOUTS = (
     Layout("TP2", 2, tp=2),
     Layout("PP2", 2, pp=2, max_tokens=64),
     Layout("TP2xPP2", 4, tp=2, pp=2),
+    Layout("CP2xPP2", 4, cp=2, pp=2, max_tokens=64),
 )
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip-cov": (COV, {"loss_agg_mode": "seq-mean-token-sum-norm", "clip_ratio_high": 0.28}),

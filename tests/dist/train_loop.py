@@ -21,6 +21,7 @@ LOOP_LAYOUTS = (
     Layout("TP2", world_size=2, tp=2),
     Layout("PP2", world_size=2, pp=2),
     Layout("TP2xPP2", world_size=4, tp=2, pp=2),
+    Layout("CP2xTP2", world_size=4, cp=2, tp=2),
 )
 _NOT_COMPARED = ("timing_s/", "perf/", "unix_time")  # what depends on the machine or, as the balance, on the layout
 _COMMON = (
@@ -111,7 +112,7 @@ def run_loop(folder: str, run_dir: Path, layout: Layout, *more: str) -> LoopResu
     arguments = [
         "train", f"actor_rollout_ref.model.path={folder}", f"trainer.default_local_dir={run_dir}", *_SETTINGS,
         f"{megatron}.tensor_model_parallel_size={layout.tp}", f"{megatron}.pipeline_model_parallel_size={layout.pp}",
-        *more, "--debug",
+        f"{megatron}.context_parallel_size={layout.cp}", *more, "--debug",
     ]  # fmt: skip
     codes = run_ranks(command_on_rank, layout.world_size, arguments)
     assert codes == [0] * layout.world_size, f"{layout.name}: exit codes {codes}"

@@ -27,6 +27,7 @@ class Layout:
     distributed_optimizer: bool = True
     max_tokens: int = 128
     recompute: bool = False
+    cp: int = 1
 
 
 BASELINE = Layout("1 rank")
@@ -42,6 +43,10 @@ LAYOUTS = (
     Layout("PP2 VPP2", world_size=2, pp=2, vpp=2, max_tokens=64),
     Layout("TP2xPP2", world_size=4, tp=2, pp=2),
     Layout("TP2+SPxPP2xVPP2", world_size=4, tp=2, pp=2, vpp=2, sequence_parallel=True, max_tokens=64, recompute=True),
+    Layout("CP2", world_size=2, cp=2),
+    Layout("CP2xTP2+SP", world_size=4, cp=2, tp=2, sequence_parallel=True, max_tokens=96, recompute=True),
+    Layout("CP2xPP2xVPP2", world_size=4, cp=2, pp=2, vpp=2, max_tokens=64),
+    Layout("DP2xCP2", world_size=4, cp=2, max_tokens=96),
     Layout("DP2xTP2", world_size=4, tp=2),
     Layout("DP2xPP2", world_size=4, pp=2, distributed_optimizer=False),
 )
@@ -108,13 +113,14 @@ def build_actor(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         use_distributed_optimizer=layout.distributed_optimizer,
         recompute_granularity="full" if layout.recompute else None,
         recompute_method="uniform" if layout.recompute else None,
         recompute_num_layers=1 if layout.recompute else None,
     )
-    parallel = initialize(layout.tp, layout.pp, vpp=layout.vpp, timeout_s=60)
+    parallel = initialize(layout.tp, layout.pp, cp=layout.cp, vpp=layout.vpp, timeout_s=60)
     optim = OptimConfig(lr=lr, lr_warmup_steps=2, lr_decay_style="cosine", weight_decay=0.1, clip_grad=1.0)
     config = ActorConfig(ppo_max_token_len_per_gpu=layout.max_tokens, optim=optim, megatron=megatron, **fields)
     shape = ModelShape.from_folder(folder)

@@ -65,3 +65,10 @@ def test_a_layout_changes_nothing_with_replay_either(
     near = sum(line.get(name, 0.0) for line in result.metrics.values() for name in names)
     assert difference.first_step_tokens_equal
     assert difference.error <= 1.0 or near > 0, difference.worst
+
+
+def test_plain_torch_trains_alike(agent: str, expected_with_replay: LoopResult, tmp_path: Path) -> None:
+    eager = run_loop(agent, tmp_path, LOOP_BASELINE, *SPEAR, "actor_rollout_ref.actor.kernels=eager")
+    difference = compare(eager, expected_with_replay)
+    assert difference.first_step_tokens_equal
+    assert difference.error <= 1.0, difference.worst

@@ -58,10 +58,10 @@ def refused(*values: str, given: tuple[str, ...] = ()) -> Observer:
 
 def table() -> Observers:
     """All observers by key. Raises AssertionError for a key with two."""
-    from observers import actor, environment, layout, losses, rollout, run, spear, supervised, tasks
+    from observers import actor, environment, layout, losses, rollout, run, sglang, spear, supervised, tasks, weights
 
     merged: Observers = {}
-    for module in (tasks, actor, losses, layout, rollout, environment, run, spear, supervised):
+    for module in (tasks, actor, losses, layout, rollout, environment, run, sglang, weights, spear, supervised):
         assert not merged.keys() & module.OBSERVERS.keys()
         merged |= module.OBSERVERS
     return merged

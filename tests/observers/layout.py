@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from observers.actor import built, counted, rows
-from observers.core import Observer, Observers, refused
+from observers.core import Observer, Observers
 
 from spear_megatron.config.schema import Config
 
@@ -54,7 +54,7 @@ OBSERVERS: Observers = {
     f"{_MEGATRON}.tensor_model_parallel_size": Observer(parameters, ("1", "2"), ranks=2),
     f"{_MEGATRON}.pipeline_model_parallel_size": Observer(parameters, ("1", "2"), ranks=2),
     f"{_MEGATRON}.virtual_pipeline_model_parallel_size": Observer(parameters, ("null", "2"), _PIPELINE_2, ranks=2),
-    f"{_MEGATRON}.context_parallel_size": refused("1", "2"),
+    f"{_MEGATRON}.context_parallel_size": Observer(activations, ("1", "2"), ranks=2),
     f"{_MEGATRON}.sequence_parallel": Observer(activations, ("false", "true"), _TENSOR_2, ranks=2),
     f"{_MEGATRON}.use_distributed_optimizer": Observer(optimizer, ("true", "false"), ranks=2),
     f"{_MEGATRON}.recompute_granularity": Observer(forward_calls, ("null", "selective")),

@@ -53,10 +53,35 @@ def tool_episode(config: Config, scratch: Path) -> Any:
     return episode(config, ["1", "2", "\\boxed{3}"])
 
 
+def gate(config: Config, scratch: Path) -> Any:
+    """What the gate records of a run whose engine reports random log-probs, what it leaves, or what stops the run."""
+    from spear_megatron.parallel.errors import RunError
+
+    names = ("mismatch/warned", "mismatch/over_bound", "filter/mismatch")
+    try:
+        seen: Any = [[line.get(name) for name in names] for line in run_scripted(config).record]
+    except RunError as error:
+        seen = str(error).partition(":")[0]
+    return seen, sorted(path.name for path in scratch.glob("run/mismatch/*"))
+
+
+def nonfinite_batches(config: Config, scratch: Path) -> Any:
+    """Batches that are left of three updates that were not finite."""
+    from observers.scripted_run import ScriptedRun, scripted
+
+    from spear_megatron.trainer.actor import UpdateResult
+    from spear_megatron.trainer.loop import train
+
+    with scripted(config, ScriptedRun()) as run:
+        run.parts.actor.update = lambda rows, **options: UpdateResult("nonfinite", {})
+        train(run)
+    return sorted(path.name for path in scratch.glob("run/nonfinite/*"))
+
+
 _LONG = ("data.max_response_length=200",)
 _VALIDATES = ("trainer.test_freq=1",)
 OBSERVERS: Observers = {
-    f"{_ROLLOUT}.name": refused("embedded", "sglang"),
+    f"{_ROLLOUT}.name": refused("embedded", "sglang"),  # without servers
     f"{_ROLLOUT}.n": Observer(train_tasks, ("2", "3")),
     f"{_ROLLOUT}.temperature": Observer(train_tasks, ("1.0", "0.7")),
     f"{_ROLLOUT}.top_p": refused("1.0", "0.9"),
@@ -65,6 +90,14 @@ OBSERVERS: Observers = {
     f"{_ROLLOUT}.max_model_len": Observer(engine_steps, ("null", "64"), NO_SANDBOX),
     f"{_ROLLOUT}.multi_turn.max_assistant_turns": Observer(tool_episode, ("3", "2"), _LONG),
     f"{_ROLLOUT}.multi_turn.max_tool_response_length": Observer(tool_episode, ("256", "24"), _LONG),
+    f"{_ROLLOUT}.mismatch.warn": Observer(gate, ("0.05", "null")),
+    f"{_ROLLOUT}.mismatch.stop": Observer(gate, ("null", "0.06")),
+    f"{_ROLLOUT}.mismatch.mask": Observer(gate, ("null", "0.06")),
+    f"{_ROLLOUT}.mismatch.mask_by": Observer(gate, ("abs_diff", "k3"), (f"{_ROLLOUT}.mismatch.mask=4.5",)),
+    f"{_ROLLOUT}.mismatch.token_bound": Observer(gate, ("0.1", "50.0")),
+    f"{_ROLLOUT}.mismatch.keep_batches": Observer(
+        nonfinite_batches, ("5", "1"), ("trainer.max_nonfinite_steps=9", "trainer.total_training_steps=3")
+    ),
     f"{_ROLLOUT}.val_kwargs.n": Observer(val_tasks, ("1", "2"), _VALIDATES),
     f"{_ROLLOUT}.val_kwargs.temperature": Observer(val_tasks, ("1.0", "0.0"), _VALIDATES),
     f"{_ROLLOUT}.val_kwargs.top_p": Observer(val_tasks, ("1.0", "0.9"), _VALIDATES),

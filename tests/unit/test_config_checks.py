@@ -16,6 +16,7 @@ from spear_megatron.config.checks import (
     check_kl,
     check_lengths,
     check_old_log_prob,
+    check_context,
     check_token_budget,
     check_train_sampling,
     check_validation,
@@ -49,6 +50,8 @@ ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 GOOD = [
     lambda: check_world_size(8, 2, 2),
     lambda: check_world_size(1, 1, 1),
+    lambda: check_context(2, "mini_batch", "clip-cov"),
+    lambda: check_context(2, "micro_batch", "vanilla"),
     lambda: check_batch(8, 8),
     lambda: check_batch(8, 2),
     lambda: check_lengths(10, 20, None, 30),
@@ -74,6 +77,8 @@ GOOD = [
 BAD: list[tuple[Callable[[], None], list[str]]] = [
     (lambda: check_world_size(6, 2, 2), ["6 ranks", "tensor_model_parallel_size=2", "multiple of 4"]),
     (lambda: check_world_size(1, 2, 1), ["1 ranks", "multiple of 2"]),
+    (lambda: check_world_size(2, 2, 1, 2), ["context_parallel_size=2", "multiple of 4"]),
+    (lambda: check_context(2, "micro_batch", "clip-cov"), ["cov_scope=micro_batch", "context_parallel_size=2"]),
     (lambda: check_batch(8, 16), ["ppo_mini_batch_size=16", "at most 8"]),
     (lambda: check_batch(8, 3), ["data.train_batch_size=8", "ppo_mini_batch_size=3"]),
     (lambda: check_lengths(10, 20, 29, 100), ["= 30 exceeds", "rollout.max_model_len=29"]),

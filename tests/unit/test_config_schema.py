@@ -15,7 +15,8 @@ from spear_megatron.config.loader import load, valid_keys
 from spear_megatron.config.schema import Config
 
 REPOSITORY = Path(__file__).parents[2]
-DOCTOR = [REPOSITORY / "spear_megatron" / "observability" / f"patterns_{part}.py" for part in ("policy", "rollout")]
+PATTERNS = ("policy", "rollout", "mismatch")
+DOCTOR = [REPOSITORY / "spear_megatron" / "observability" / f"patterns_{part}.py" for part in PATTERNS]
 
 
 def test_defaults_round_trip(tmp_path: Path) -> None:
@@ -40,13 +41,13 @@ def test_shipped_configurations_load(path: Path) -> None:
 
 
 def test_the_doctor_names_keys_that_exist() -> None:
-    from spear_megatron.observability import patterns_policy, patterns_rollout
+    from spear_megatron.observability import patterns_mismatch, patterns_policy, patterns_rollout
 
     keys = set(valid_keys(Config))
     named = set()
-    for path, module in zip(DOCTOR, (patterns_policy, patterns_rollout)):
+    for path, module in zip(DOCTOR, (patterns_policy, patterns_rollout, patterns_mismatch)):
         text = path.read_text()
-        for name in ("_ACTOR", "_ROLLOUT", "_LR"):
+        for name in ("_ACTOR", "_ROLLOUT", "_LR", "_GATE", "_DTYPE"):
             text = text.replace(f"{{{name}}}", getattr(module, name, ""))
         pattern = r"(?:actor_rollout_ref|data|trainer|env|reward|algorithm)\.[a-z_]+(?:\.[a-z_]+)*"
         named |= set(re.findall(pattern, text))

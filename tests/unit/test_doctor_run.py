@@ -112,6 +112,22 @@ PATTERNS: dict[str, tuple[list[Line], str, str]] = {
     ),
     "tool calls fail": (changed(tools__failures_mean=constant(0.8)), "% of the tool calls fail", "env.sandbox"),
     "train/rollout drift": (changed(training__rollout_logp_abs_diff__mean=ramp(0.001, 0.2)), "nats", "model.dtype"),
+    "engine and trainer disagree": (
+        changed(
+            mismatch__warned=lambda step, _: float(10 <= step < 13),
+            mismatch__abs_diff_mean=lambda step, _: 0.3 if step == 11 else 0.1 if step in (10, 12) else 1e-3,
+            mismatch__turn_1=constant(1e-3), mismatch__turn_2=constant(0.6),
+        ),
+        "in 3 steps, first at step 10, last at 12; the largest is 0.3 nats at step 11, worst in turn 2 (0.6)",
+        "mismatch.stop",
+    ),  # fmt: skip
+    "many trajectories are masked for mismatch": (
+        changed(filter__mismatch=constant(0.4)), "filter/mismatch is 0.4", "mismatch.mask",
+    ),  # fmt: skip
+    "engine and trainer cannot be compared": (
+        changed(mismatch__tokens=constant(0), mismatch__lag_1=constant(0.01)), "mismatch/tokens is 0 over steps 26-30",
+        "rollout_correction.mode",
+    ),  # fmt: skip
     "responses are cut": (changed(response_length__clip_ratio=constant(0.5)), "0.5", "data.max_response_length"),
     "length explosion": (
         changed(response_length__mean=ramp(100, 900), success__mean=lambda s, v: 0.4 + 0.001 * s),
@@ -200,6 +216,17 @@ def test_why_replay_never_triggered() -> None:
     (finding,) = diagnose_record(spear(replay__replayed=constant(0), replay__qualifying=constant(0)))
     assert "replay/qualifying at most 0" in finding.evidence and "above the baseline replay/p50" in finding.remedy
     assert diagnose_record(growing[:20]) == []  # 19 steps
+
+
+def test_a_gate_that_warns_to_the_end_is_an_error_and_says_it_alone() -> None:
+    drift = ramp(0.001, 0.2)
+    record = changed(
+        training__rollout_logp_abs_diff__mean=drift, mismatch__abs_diff_mean=drift,
+        mismatch__warned=lambda step, _: float(drift(step, 0) > 0.05),
+    )  # fmt: skip
+    (finding,) = diagnose_record(record)
+    assert finding.name == "engine and trainer disagree" and finding.level == "error"
+    assert diagnose_record(changed(mismatch__abs_diff_mean=constant(2e-7), mismatch__warned=constant(0.0))) == []
 
 
 def test_rejections_are_no_pattern_when_rules_share_them_or_all_is_solved() -> None:

@@ -2,55 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import shutil
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from emulated_cuda import emulated_library, emulation  # noqa: F401
 from logprob_reference import DTYPES, check, random_case, reference
 
-from spear_megatron.kernels import backends, cuda_library, logprobs_cuda, token_logprobs
+from spear_megatron.kernels import logprobs_compiled, logprobs_cuda, token_logprobs
 from spear_megatron.kernels.softmax_stats import VocabShard, merge_stats
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH"),
 ]
-TESTS = Path(__file__).resolve().parents[1]
-CSRC = TESTS.parent / "csrc"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("emulated")
-    text = (CSRC / "cuda" / "token_logprobs.cu").read_text()
-    launch = re.compile(r"(\w+(?:<\w+>)?)<<<(.*?), 0, stream>>>\((.*?)\);", re.DOTALL)
-    text, launches = launch.subn(r"emulation::launch(\2, [&] { \1(\3); });", text)
-    assert launches == 2
-    (folder / "kernels.cpp").write_text(text)
-    includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", CSRC / "cuda", CSRC)]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread"]
-    command = ["g++", *flags, *includes, "kernels.cpp", "-o", "emulated.so"]
-    subprocess.run(command, cwd=folder, check=True, timeout=300)
-    return folder / "emulated.so"
-
-
-@pytest.fixture(autouse=True)
-def emulation(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The compiled implementation of CPU tensors is the emulated CUDA one."""
-    monkeypatch.setattr(cuda_library, "LIBRARY", emulated_library)
-    monkeypatch.setitem(backends._COMPILED, "cpu", logprobs_cuda)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
-    cuda_library._load.cache_clear()
-    yield
-    monkeypatch.undo()
-    cuda_library._load.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,3 +64,17 @@ def test_shards_merge_and_repeat_the_same_bits() -> None:
     _, expected_lp, expected_h = reference(logits, targets, 0.7, 3000)
     torch.testing.assert_close(result.log_probs, expected_lp, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(result.entropy, expected_h, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_rows_are_merged_and_joined_as_on_the_cpu(with_entropy: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    parts = torch.rand(3, 400, 4, generator=generator) + 1
+    parts[1, 5, 0] = torch.nan
+    parts[:, 7, 3] = -torch.inf
+    found, expected = (module.merge_rows(parts, 0.7, with_entropy) for module in (logprobs_cuda, logprobs_compiled))
+    torch.testing.assert_close(found, expected, rtol=1.2e-7, atol=0, equal_nan=True)
+    grads = (torch.tensor(2.0).expand(400), torch.arange(800.0)[::2] if with_entropy else None)
+    joined, on_cpu = (module.row_gradients(found[2], *grads) for module in (logprobs_cuda, logprobs_compiled))
+    torch.testing.assert_close(joined, on_cpu, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(joined[:, :3], found[2], rtol=0, atol=0, equal_nan=True)

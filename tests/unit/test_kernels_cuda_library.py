@@ -16,7 +16,7 @@ from spear_megatron.kernels.softmax_stats import VocabShard
 from spear_megatron.parallel.errors import RunError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HEADER = REPOSITORY / "csrc" / "cuda" / "token_logprobs.h"
+HEADERS = sorted((REPOSITORY / "csrc" / "cuda").glob("*.h"))
 C_TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
 CUDA = torch.device("cuda")
 
@@ -40,8 +40,8 @@ def library() -> None:
 
 
 def declared_functions() -> dict[str, tuple[tuple[type, ...], type]]:
-    """Name -> parameter types and result of every function in the header, as ctypes."""
-    text = re.sub(r"//[^\n]*", "", HEADER.read_text())
+    """Name -> parameter types and result of every function in the headers, as ctypes."""
+    text = re.sub(r"//[^\n]*", "", "".join(header.read_text() for header in HEADERS))
     found = {}
     for result, name, parameters in re.findall(r"SPEAR_EXPORT ([\w ]+[ *]+)(\w+)\(([^)]*)\)", text):
         types = [ctypes.c_void_p if "*" in item else C_TYPES[item.split()[0]] for item in parameters.split(",")]
@@ -49,7 +49,7 @@ def declared_functions() -> dict[str, tuple[tuple[type, ...], type]]:
     return found
 
 
-def test_signatures_are_those_of_the_header() -> None:
+def test_signatures_are_those_of_the_headers() -> None:
     assert declared_functions() == cuda_library.SIGNATURES
 
 
@@ -87,12 +87,19 @@ def test_calls_without_a_device_say_so(library: None) -> None:
     numbers = torch.zeros(16)
     address = numbers.data_ptr()
     first = (0, None, address, 0, 1, 4, 4, address, 0, 1.0)
-    for name, rest in (
-        ("spear_token_logprobs_forward", (1, address)),
-        ("spear_token_logprobs_backward", (address, address, 4, 4)),
-    ):
+    calls: dict[str, tuple[int | float | None, ...]] = {
+        "spear_token_logprobs_forward": (*first, 1, address),
+        "spear_token_logprobs_backward": (*first, address, address, 4, 4),
+        "spear_merge_rows": (0, None, address, 1, 1, 1.0, address, address, address),
+        "spear_join_rows": (0, None, address, address, 1, address, 1, 1, address),
+        "spear_policy_loss": (0, None, *[address] * 6, 1, 2, 0.8, 1.2, 3.0, 1.0, *[address] * 3),
+        "spear_cov_pack": (0, None, *[address] * 5, 1, *[address] * 5),
+        "spear_cov_means": (0, None, address, address, None, 1, 1, 1, -1.0, 1.0, address, address),
+        "spear_cov_select": (0, None, *[address] * 4, None, 1, 1, None, 0.5, -1.0, 1.0, 0, *[address] * 3),
+    }
+    for name, arguments in calls.items():
         with pytest.raises(RunError, match=f"{name}: CUDA error (35|100): .*(driver|device)"):
-            cuda_library.call(name, *first, *rest)
+            cuda_library.call(name, *arguments)
 
 
 def test_arguments_that_cannot_be_right_are_refused_before_the_device(library: None) -> None:
@@ -105,6 +112,31 @@ def test_arguments_that_cannot_be_right_are_refused_before_the_device(library: N
             cuda_library.call("spear_token_logprobs_backward", *first, None, None, first[5], first[6])
     with pytest.raises(RunError, match="CUDA error 1"):  # more real columns than the output has
         cuda_library.call("spear_token_logprobs_backward", 0, None, None, 0, 1, 8, 8, None, 0, 1.0, None, None, 4, 4)
+
+
+def test_other_kernels_refuse_what_cannot_be_right(library: None) -> None:
+    columns, rule = [None] * 6, (0.8, 1.2, 3.0, 1.0)
+    calls: list[tuple[str, tuple[int | float | None, ...]]] = [
+        ("spear_policy_loss", (0, None, *columns, 1, 4, *rule, None, None, None)),  # no such mode
+        ("spear_policy_loss", (0, None, *columns, 1, 2, *rule, None, None, None)),  # nothing selected
+        ("spear_policy_loss", (0, None, *columns, 1 << 31, 0, *rule, None, None, None)),
+        ("spear_merge_rows", (0, None, None, 0, 4, 1.0, None, None, None)),  # no shard
+        ("spear_cov_pack", (0, None, *columns[:5], 1 << 31, *columns[:5])),
+        ("spear_cov_means", (0, None, None, None, None, 1, 5, 6, -1.0, 1.0, None, None)),  # a row beyond all tokens
+        ("spear_cov_select", (0, None, *columns[:4], None, 0, 5, None, 0.5, -1.0, 1.0, 0, None, None, None)),
+    ]
+    for name, arguments in calls:
+        with pytest.raises(RunError, match=f"{name}: CUDA error 1: invalid argument"):
+            cuda_library.call(name, *arguments)
+
+
+def test_scratch_grows_with_the_tokens(library: None) -> None:
+    small, large = (
+        [cuda_library.measure(f"spear_{name}_scratch", count) for name in ("policy_loss", "cov_select")]
+        for count in (1, 100_000)
+    )
+    assert small[0] == 6 and large[0] == 6 * 98 and large[1] - small[1] == 2 * 99_999 + 24_999
+    assert cuda_library.measure("spear_cov_means_scratch", 3, 4097) == 12
 
 
 def test_no_rows_are_no_work(library: None) -> None:

@@ -122,13 +122,14 @@ def test_unusable_rows_give_nan_and_leave_the_others_alone(implementation: str, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_full_size_vocabulary(dtype: torch.dtype) -> None:
-    logits, targets = random_case(2, 3, 151936, dtype, scale=2.0)
+@pytest.mark.parametrize("vocab", [151936, 152064])
+def test_full_size_vocabulary(dtype: torch.dtype, vocab: int) -> None:
+    logits, targets = random_case(2, 3, vocab, dtype, scale=2.0)
     logits[1] = 0  # uniform: the longest sum
     logits[2, 77] = 40.0  # peaked: small terms beside a large one
     leaf = logits.clone().requires_grad_()
-    log_probs, entropy = token_logprobs(leaf, targets, valid_vocab=151936, implementation="compiled")
-    x, expected_lp, expected_h = reference(logits, targets, 1.0, 151936)
+    log_probs, entropy = token_logprobs(leaf, targets, valid_vocab=vocab, implementation="compiled")
+    x, expected_lp, expected_h = reference(logits, targets, 1.0, vocab)
     assert_close(log_probs, entropy, expected_lp, expected_h)
     (log_probs + entropy).sum().backward()
     (expected,) = torch.autograd.grad((expected_lp + expected_h).sum(), x)
@@ -144,6 +145,20 @@ def test_eager_gradients_pass_finite_differences() -> None:
         return token_logprobs(x, targets % 9, temperature=1.3, valid_vocab=9, implementation="eager")
 
     assert torch.autograd.gradcheck(function, leaf)
+
+
+def test_compiled_gradient_is_the_slope_of_its_own_values() -> None:
+    logits, targets = random_case(5, 4, 300, torch.float32)
+    leaf, step = logits.clone().requires_grad_(), 2.0**-6
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+
+    def value(x: Tensor) -> Tensor:
+        log_probs, entropy = token_logprobs(x, targets, temperature=1.3, implementation="compiled")
+        return (log_probs - 0.5 * entropy).double()
+
+    (gradient,) = torch.autograd.grad(value(leaf).sum(), leaf)
+    slope = (value(logits + step * direction) - value(logits - step * direction)) / (2 * step)
+    torch.testing.assert_close((gradient * direction).double().sum(1), slope, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -46,7 +46,7 @@ def test_generators_are_reproducible_and_leave_the_global_state_alone() -> None:
     ("fields", "named"),
     [
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size"),
-        ({"context_parallel_size": 2}, "context_parallel_size"),
+        ({"context_parallel_size": 0}, "context_parallel_size"),
         ({"virtual_pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size > 1"),
         ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 1}, "at least 2"),
         ({"sequence_parallel": True}, "sequence_parallel"),

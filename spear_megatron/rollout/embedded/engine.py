@@ -13,9 +13,9 @@ from spear_megatron.kernels.decoder import Decoder
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.rollout.embedded.pages import PagePool
 from spear_megatron.rollout.embedded.scheduler import ActiveSequence, Chunk, Scheduler, pages_for
-from spear_megatron.rollout.embedded.validate import check_request
 from spear_megatron.rollout.embedded.weights import load_weights
 from spear_megatron.rollout.engine import EngineError, GenerateRequest, GenerateResult
+from spear_megatron.rollout.validate import check_request
 
 
 @dataclass(slots=True)

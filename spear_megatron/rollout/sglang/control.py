@@ -17,6 +17,7 @@ import httpx
 from spear_megatron.rollout.engine import EngineError
 
 PauseMode = Literal["abort", "in_place", "retract"]
+FIRST_VERSION = (0, 5, 15)
 FIRST_VERSION_WITH_SESSIONS = (0, 5, 21)
 _POLL_S = 0.25
 _QUICK_S = 10.0
@@ -190,6 +191,23 @@ class ControlClient:
     def destroy_group(self, name: str) -> None:
         """Leave a process group for weights."""
         self._update("/destroy_weights_update_group", {"group_name": name})
+
+    def prompt_log_probs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """log_softmax(logits) of every token of every prompt but its first, at temperature 1, without generating."""
+        body = {
+            "input_ids": [list(prompt) for prompt in prompts],
+            "sampling_params": {"temperature": 0, "max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        answers = self._post("/generate", body)
+        try:
+            scored = [[float(entry[0]) for entry in a["meta_info"]["input_token_logprobs"][1:]] for a in answers]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise EngineError(f"{self.url}/generate scored no prompts: {str(answers)[:200]}") from error
+        if [len(values) + 1 for values in scored] != [len(prompt) for prompt in prompts]:
+            raise EngineError(f"{self.url}/generate scored {[len(values) + 1 for values in scored]} tokens")
+        return scored
 
     def checksums(self) -> Mapping[str, Any] | None:
         """The server's checksums by tensor, None where this version has none (before 0.5.23, or without CUDA)."""

@@ -1,0 +1,64 @@
+"""Whether a server can serve this model at these lengths, asked before anything is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spear_megatron.model.shape import ModelShape
+from spear_megatron.rollout.sglang.client import ServerClient
+from spear_megatron.rollout.sglang.control import FIRST_VERSION, parse_version
+
+RESERVED_TOKENS = 6  # a server refuses prompts and ends requests up to this close to the end of its context or cache
+
+
+async def check_server(client: ServerClient, shape: ModelShape, max_model_len: int) -> None:
+    """Check version, model and lengths of a running server.
+
+    The model is compared where its folder can be read from here: with other sizes the first update would kill the
+    server.
+
+    Raises:
+        ValueError: it is too old, has another model, or too short a context or cache; names the remedy.
+        EngineError: it did not answer.
+    """
+    server, model = _mapping(await client.get("/get_server_info")), _mapping(await client.get("/get_model_info"))
+    version = parse_version(str(server.get("version", "")))
+    if version < FIRST_VERSION:
+        text = ".".join(map(str, version))
+        raise ValueError(f"{client.url} runs SGLang {text}: start one of 0.5.15 or newer")
+    path = str(model.get("model_path", ""))
+    if (Path(path) / "config.json").is_file() and (other := ModelShape.from_folder(path)) != shape:
+        raise ValueError(f"{client.url} has the model {path}, which differs from this one: {_difference(other, shape)}")
+    lengths = {"--context-length": await _context_length(client, server), "--max-total-tokens": _cache_size(server)}
+    for option, length in lengths.items():
+        if length is not None and length < max_model_len + RESERVED_TOKENS:
+            raise ValueError(
+                f"{client.url} holds {length} tokens of a request ({option}), but max_model_len={max_model_len} needs "
+                f"{max_model_len + RESERVED_TOKENS}: start it with a larger {option}, or lower "
+                "actor_rollout_ref.rollout.max_model_len or data.max_response_length"
+            )
+
+
+async def _context_length(client: ServerClient, server: Mapping[str, Any]) -> int | None:
+    """The context of the server; without --context-length it is the model's, which /v1/models tells."""
+    if isinstance(server.get("context_length"), int):
+        return int(server["context_length"])
+    models = _mapping(await client.get("/v1/models")).get("data") or [{}]
+    length = _mapping(models[0]).get("max_model_len")
+    return int(length) if isinstance(length, int) else None
+
+
+def _cache_size(server: Mapping[str, Any]) -> int | None:
+    size = server.get("max_total_num_tokens")
+    return int(size) if isinstance(size, int) else None
+
+
+def _difference(one: ModelShape, other: ModelShape) -> str:
+    pairs = ((name, getattr(one, name), getattr(other, name)) for name in vars(one))
+    return ", ".join(f"{name} {here} instead of {there}" for name, here, there in pairs if here != there)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

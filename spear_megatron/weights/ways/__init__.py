@@ -1,0 +1,1 @@
+"""The ways by which a gathered bucket reaches the servers."""

@@ -1,0 +1,168 @@
+"""A stand-in for the control client of one server: keeps the weights it is sent, and fails as it is told."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spear_megatron.rollout.engine import EngineError
+from spear_megatron.rollout.sglang.control import ServerInfo
+
+METADATA = ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata")
+
+
+@dataclass
+class Metadata:
+    """SGLang's class, as its server would see it."""
+
+    name: str
+    shape: Any
+    dtype: torch.dtype
+    start_idx: int
+    end_idx: int
+    numel: int
+
+
+class Unpickler(pickle.Unpickler):
+    """Resolves SGLang's class to ours, and remembers every name that a payload asks for."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self.asked: set[tuple[str, str]] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        self.asked.add((module, name))
+        return Metadata if (module, name) == METADATA else super().find_class(module, name)
+
+
+def read_payload(text: str) -> tuple[dict[str, torch.Tensor], set[tuple[str, str]]]:
+    """(tensors by name, names of the classes and functions that the pickle asks for)."""
+    unpickler = Unpickler(base64.b64decode(text, validate=True))
+    value = unpickler.load()
+    if isinstance(value, list):
+        return {name: tensor.clone() for name, tensor in value}, unpickler.asked
+    flat = value["flattened_tensor"]
+    tensors = {
+        meta.name: flat[meta.start_idx : meta.end_idx].view(meta.dtype).reshape(meta.shape).clone()
+        for meta in value["metadata"]
+    }
+    assert sum(meta.numel for meta in value["metadata"]) == flat.numel()
+    return tensors, unpickler.asked
+
+
+def toy_log_probs(weights: dict[str, torch.Tensor], prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Something that depends on every weight and every token, in place of a model."""
+    total = sum(float(tensor.double().abs().mean()) * (1 + i) for i, (_, tensor) in enumerate(sorted(weights.items())))
+    return [[-total / (100 + token) for token in prompt[1:]] for prompt in prompts]
+
+
+class FakeControl:
+    """What :class:`ControlClient` offers to the publisher.
+
+    Args:
+        weights: what it starts with.
+        model_path: the folder it says it was started with.
+        fails_at: number of the tensor update that fails, from 1.
+        keeps_label: never changes the version it names.
+        has_checksums: offers checksums, of tensors under names of its own.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        weights: dict[str, torch.Tensor] | None = None,
+        *,
+        model_path: str = "",
+        tp_size: int = 1,
+        fails_at: int = 0,
+        keeps_label: bool = False,
+        has_checksums: bool = False,
+    ) -> None:
+        self.url = url
+        self.weights = dict(weights or {})
+        self.model_path = model_path
+        self.tp_size = tp_size
+        self.fails_at = fails_at
+        self.keeps_label = keeps_label
+        self.has_checksums = has_checksums
+        self.label = "default"
+        self.paused = False
+        self.in_session = False
+        self.num_updates = 0
+        self.num_probes = 0
+        self.largest_payload = 0
+        self.flushed_with_update = False
+        self.calls: list[str] = []
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    def server_info(self) -> ServerInfo:
+        return ServerInfo((0, 5, 21), self.model_path, self.label, None, None, self.tp_size)
+
+    def pause(self, mode: str) -> None:
+        self.calls.append(f"pause {mode}")
+        self.paused = True
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+        self.paused = False
+
+    def flush_cache(self, timeout_s: float = 30.0) -> None:
+        self.calls.append("flush")
+
+    def begin_update(self) -> None:
+        if self.in_session:
+            raise EngineError("a weight-update session is already open")
+        self.in_session = True
+
+    def end_update(self) -> None:
+        if not self.in_session:
+            raise EngineError("no weight-update session is open")
+        self.in_session = False
+
+    def update_from_tensors(
+        self, serialized: Sequence[str], *, load_format: str | None = None, version: str | None = None, flush: bool
+    ) -> None:
+        assert self.in_session and len(serialized) == self.tp_size
+        self.num_updates += 1
+        self.flushed_with_update |= flush
+        if self.num_updates == self.fails_at:
+            raise EngineError(f"{self.url}/update_weights_from_tensor: HTTP 400: out of memory")
+        for text in serialized:
+            self.largest_payload = max(self.largest_payload, len(text))
+            tensors, _ = read_payload(text)
+            self.weights.update(tensors)
+        self._label(version)
+
+    def update_from_disk(self, folder: str, version: str, *, flush: bool = True) -> None:
+        from safetensors.torch import load_file
+
+        self.flushed_with_update |= flush
+        assert (Path(folder) / "config.json").is_file() and (Path(folder) / "model.safetensors.index.json").is_file()
+        for file in Path(folder).glob("*.safetensors"):
+            self.weights.update(load_file(file))
+        self._label(version)
+
+    def _label(self, version: str | None) -> None:
+        if version is not None and not self.keeps_label:
+            self.label = version
+
+    def prompt_log_probs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        assert not self.paused
+        self.num_probes += 1
+        return toy_log_probs(self.weights, prompts)
+
+    def checksums(self) -> Any:
+        if not self.has_checksums:
+            return None
+        digests = {f"server.{n}": hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in self.weights.items()}
+        return {"success": True, "ranks": [{"checksums": digests}]}
