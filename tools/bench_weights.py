@@ -213,7 +213,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make: Callable[[], Path] = partial(make_tiny_hf, folder, **SIZES[size])
         result = run_ranks(time_on_rank, 2, str(make()), samples, bucket_bytes, deadline_s=1200)[0]
-    print(f"{size} parameters, {result['num_bytes'] / 1e6:.1f} MB in {result['num_buckets']} buckets, medians of {samples}")
+    megabytes, buckets = result["num_bytes"] / 1e6, result["num_buckets"]
+    print(f"{size} parameters, {megabytes:.1f} MB in {buckets} buckets, medians of {samples}")
     figures = {"size": size, "samples": samples, **report(result)}
     print(json.dumps(figures))
     if args.json is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from spear_megatron.algorithms.schedules import ScheduledCurriculum
 from spear_megatron.checkpoint.manager import CheckpointManager
 from spear_megatron.cli.agents import canonical_answer_of, load_episode_prompts, load_renderer, open_agents, samplings
+from spear_megatron.cli.servers import Publishing, shared_gpus
 from spear_megatron.cli.session import StopFlag, open_parallel, open_record
 from spear_megatron.cli.weights import open_publish
 from spear_megatron.config.checks_replay import replay_rules
@@ -85,7 +86,8 @@ def fingerprint(config: Config) -> str:
         "actor_rollout_ref.rollout.sglang.",
     )  # fmt: skip
     items = [f"{key}={value!r}" for key, value in flatten(config).items() if not key.startswith(ignored)]
-    return hashlib.sha256("\n".join([*items, f"seed={config.trainer.seed}"]).encode()).hexdigest()[:16]
+    decisive = [f"seed={config.trainer.seed}", *(["async=1"] if config.trainer.async_ else [])]
+    return hashlib.sha256("\n".join([*items, *decisive]).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -112,6 +114,11 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
         checkpoints = open_checkpoints(config, parallel, imitation.buffer.collect if imitation else None)
         optim = config.actor_rollout_ref.actor.optim
         actor, reference = build_actor(config, parallel, shape, optim, num_optimizer_steps(config))
+        publishing = Publishing(
+            agents.servers,
+            stack.enter_context(open_publish(config, actor, shape, parallel, agents)),
+            shared_gpus(config, parallel, agents.servers, actor.optimizer),
+        )
         parts = Parts(
             parallel=parallel,
             actor=actor,
@@ -123,13 +130,14 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
             recorder=NullRecorder(),
             batch_files=open_batch_files(config, parallel),
             trajectories=None,
-            publish_weights=stack.enter_context(open_publish(config, actor, shape, parallel, agents.engine)),
+            publish_weights=publishing.publish,
             export=lambda folder: export_hf(actor.chunks, shape, parallel, folder, model),
             answer_of=canonical_answer_of,
             stop_requested=lambda: stop.requested,
             curriculum=build_curriculum(config),
             imitation=imitation,
             engine_metrics=agents.take_metrics if config.actor_rollout_ref.rollout.name == "sglang" else None,
+            to_training=publishing.to_training,
         )
         run = Run(parts=parts, settings=step_settings(config), trainer=config.trainer, algorithm=config.algorithm)
         resume_step = run.restore()
@@ -168,6 +176,8 @@ def step_settings(config: Config) -> StepSettings:
         old_log_prob=ref.actor.old_log_prob,
         needs_old_log_probs=reads_old_log_probs(config),
         mismatch=ref.rollout.mismatch,
+        over_sampling=ref.rollout.over_sampling,
+        partial_rollout=ref.rollout.partial_rollout,
     )
 
 

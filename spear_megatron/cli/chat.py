@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def converse(config: Config, temperature: float, messages: list[str] | None) -> None:
-    """One episode per message, shown turn by turn.
+    """One episode per message, shown turn by turn, on an embedded engine: servers of the run may have other weights.
 
     Raises:
         ValueError: the folder holds no exported model.

@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from spear_megatron.cli.agents import Agents
 from spear_megatron.config.schema import Config
 from spear_megatron.model.hf_io import iter_hf_tensors
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.parallel.errors import RunError
 from spear_megatron.parallel.state import ParallelState
-from spear_megatron.rollout.engine import Engine
 from spear_megatron.rollout.sglang.engine import SGLangEngine
 from spear_megatron.trainer.actor import Actor
 from spear_megatron.weights.build import build_publisher
@@ -21,14 +21,14 @@ from spear_megatron.weights.sync import publish
 
 @contextlib.contextmanager
 def open_publish(
-    config: Config, actor: Actor, shape: ModelShape, parallel: ParallelState, engine: Engine | None
+    config: Config, actor: Actor, shape: ModelShape, parallel: ParallelState, agents: Agents
 ) -> Iterator[Callable[[int], Published | None]]:
     """A function that publishes the actor's weights under a policy version. Collective, as what it yields is.
 
     Args:
-        engine: of this rank; None but on data-parallel leaders.
+        agents: of this rank; its engine and the servers of the run are told.
     """
-    rollout = config.actor_rollout_ref.rollout
+    rollout, engine = config.actor_rollout_ref.rollout, agents.engine
     if rollout.name == "embedded":
         yield lambda version: publish(iter_hf_tensors(actor.chunks, shape, parallel), engine, version)
         return
@@ -50,7 +50,7 @@ def open_publish(
         dtype=config.actor_rollout_ref.model.torch_dtype,
         model_folder=config.actor_rollout_ref.model.path,
         default_folder=Path(config.trainer.default_local_dir) / "weights",
-        urls=lambda: rollout.sglang.servers,
+        urls=lambda: agents.servers.urls,
         score=actor.score,
         published=published,
     )

@@ -48,6 +48,11 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     check_group_filters(algorithm.filter_groups.enable, rollout.rollout_filter_ratio, rollout.n)
     check_old_log_prob(actor.old_log_prob, algorithm.rollout_correction.mode, algorithm.use_kl_in_reward)
     check_mismatch_mask(rollout.mismatch.mask, actor.old_log_prob)
+    check_async(config.trainer.async_, rollout.name == "sglang" and rollout.sglang.colocated)
+    causes = {"trainer.async=1": config.trainer.async_, f"{_ROLLOUT}.partial_rollout=true": rollout.partial_rollout}
+    for cause in (cause for cause, given in causes.items() if given):
+        loss_mode = actor.policy_loss.mode(replayed=False)
+        check_off_policy(cause, algorithm.rollout_correction.mode, actor.old_log_prob, loss_mode)
     check_denominator(actor.sum_norm_denominator, actor.loss_agg_mode)
     check_trigger(config)
     check_train_sampling(rollout.top_p, rollout.top_k)
@@ -222,6 +227,34 @@ def check_mismatch_mask(mask: float | None, old_log_prob: str) -> None:
         raise ValueError(
             f"{_ROLLOUT}.mismatch.mask={mask} compares the trainer's log-probs with the engine's before the update, "
             f"but {_ACTOR}.old_log_prob=rollout skips their pass: set old_log_prob=trainer, or mask=null"
+        )
+
+
+def check_async(async_steps: int, colocated: bool) -> None:
+    """Rollouts beside the update need a second copy of the weights to sample from. Raises ValueError."""
+    if async_steps and colocated:
+        raise ValueError(
+            f"trainer.async={async_steps} samples while the trainer updates, but {_ROLLOUT}.sglang.colocated=true "
+            "gives the servers' memory to the trainer then: set trainer.async=0 or colocated=false"
+        )
+
+
+def check_off_policy(cause: str, correction: str, old_log_prob: str, loss_mode: str) -> None:
+    """Trajectories of older weights need something that corrects for it. Raises ValueError.
+
+    The importance weights of a correction do, and so does the clipped ratio to the engine's own log-probs, which the
+    loss ``gpg`` has not.
+
+    Args:
+        cause: the setting that makes trajectories older than the weights, as ``key=value``.
+        correction: ``algorithm.rollout_correction.mode``.
+        old_log_prob: ``actor.old_log_prob``. loss_mode: of trajectories that are not replayed.
+    """
+    if correction == "none" and (old_log_prob != "rollout" or loss_mode == "gpg"):
+        ratio = "" if loss_mode == "gpg" else f", or {_ACTOR}.old_log_prob=rollout"
+        raise ValueError(
+            f"{cause} trains on trajectories of older weights, and nothing corrects for it: set "
+            f"algorithm.rollout_correction.mode to tis, icepop or sequence_mask{ratio}"
         )
 
 

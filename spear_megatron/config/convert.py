@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import keyword
 import re
 import types
 import typing
@@ -16,11 +17,17 @@ _MISSING_REMEDY = "is required and was not set; give it in the YAML file or on t
 _FLOAT_MAX = 1.7976931348623157e308
 
 
+def key_of(name: str) -> str:
+    """The configuration key of a dataclass field: a key that Python reserves, as ``async``, has a field ``async_``."""
+    bare = name.removesuffix("_")
+    return bare if keyword.iskeyword(bare) else name
+
+
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """Resolved annotations of the fields of dataclass ``cls``, in field order."""
+    """Resolved annotations of the fields of dataclass ``cls`` by configuration key, in field order."""
     hints = typing.get_type_hints(cls)
-    return {item.name: hints[item.name] for item in fields(cls) if item.init}
+    return {key_of(item.name): hints[item.name] for item in fields(cls) if item.init}
 
 
 def union_members(hint: Any) -> tuple[Any, ...]:
@@ -74,7 +81,7 @@ def default_tree(cls: type) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """``value`` with dataclasses and mappings as dict, tuples as list, paths as str."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in _init_fields(type(value))}
+        return {key_of(item.name): plain(getattr(value, item.name)) for item in _init_fields(type(value))}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -98,10 +105,11 @@ def build(cls: type, values: Mapping[str, Any], key: str, origin: Callable[[str]
         if name in values:
             arguments[name] = convert(values[name], hint, full, origin)
     for item in _init_fields(cls):
-        if item.name not in arguments and item.default is MISSING and item.default_factory is MISSING:
-            raise ValueError(f"{join(key, item.name)} {_MISSING_REMEDY}")
+        if key_of(item.name) not in arguments and item.default is MISSING and item.default_factory is MISSING:
+            raise ValueError(f"{join(key, key_of(item.name))} {_MISSING_REMEDY}")
+    names = {key_of(item.name): item.name for item in _init_fields(cls)}
     try:
-        return cls(**arguments)
+        return cls(**{names[name]: value for name, value in arguments.items()})
     except ValueError as error:
         text = str(error).removesuffix(".")
         named = (name for name in arguments if re.search(rf"\b{re.escape(name)}\b", text))

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from spear_megatron.config.convert import REQUIRED, default_tree, field_types, join, nested_dataclass, plain, type_name
+from spear_megatron.config.convert import (
+    REQUIRED,
+    default_tree,
+    field_types,
+    join,
+    key_of,
+    nested_dataclass,
+    plain,
+    type_name,
+)
 
 
 class FieldRow(NamedTuple):
@@ -34,7 +43,7 @@ def flatten(instance: Any, prefix: str = "") -> dict[str, Any]:
     """Every field by its full dotted key, in declaration order. Mappings and sequences are values, not sections."""
     flat: dict[str, Any] = {}
     for item in fields(instance):
-        value, key = getattr(instance, item.name), join(prefix, item.name)
+        value, key = getattr(instance, item.name), join(prefix, key_of(item.name))
         if is_dataclass(value) and not isinstance(value, type):
             flat.update(flatten(value, key))
         else:
@@ -48,7 +57,7 @@ def field_table(root: type) -> list[FieldRow]:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Documentation of each field of ``cls``: the string literal right after the field in the class body, or else its
+    """Documentation of each field by its key: the string literal right after the field in the class body, or else its
     entry in the ``Attributes:`` section of the class docstring.
     """
     docs: dict[str, str] = {}
@@ -57,12 +66,12 @@ def field_docs(cls: type) -> dict[str, str]:
             continue
         node = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(node, ast.ClassDef)
-        docs.update(_attributes_section(ast.get_docstring(node) or "", [item.name for item in fields(base)]))
+        docs.update(_attributes_section(ast.get_docstring(node) or "", [key_of(item.name) for item in fields(base)]))
         for statement, following in zip(node.body, node.body[1:]):
             if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
                 continue
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                docs[statement.target.id] = " ".join(str(following.value.value).split())
+                docs[key_of(statement.target.id)] = " ".join(str(following.value.value).split())
     return docs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ class IndexRow:
     ``response_lengths`` count everything after the segment's prompt, ``sampled_lengths`` only the policy's own tokens.
     ``step_rewards`` and ``step_invalid`` are the environment's reward and the invalid actions per segment; ``anchors``
     a 64-bit hash of what each segment observed, one of its own for a segment without an observation key. ``flags``
-    names what the policy's own tokens and text look like: repetitive, unreadable.
+    names what the policy's own tokens and text look like: repetitive, unreadable. ``versions`` counts its tokens by the
+    version of the weights that sampled them, ascending; empty if the engine does not tell.
     """
 
     id: TrajectoryId
@@ -39,6 +41,7 @@ class IndexRow:
     step_invalid: tuple[int, ...] = ()
     anchors: tuple[int, ...] = ()
     flags: tuple[str, ...] = ()
+    versions: tuple[tuple[int, int], ...] = ()
 
     @property
     def valid(self) -> bool:
@@ -67,7 +70,18 @@ def index_row(trajectory: Trajectory, task_id: str, owner: int) -> IndexRow:
         step_invalid=tuple(segment.num_invalid_actions for segment in segments),
         anchors=tuple(_anchor(trajectory, position) for position in range(len(segments))),
         flags=response_flags(trajectory),
+        versions=version_counts(trajectory),
     )
+
+
+def version_counts(trajectory: Trajectory) -> tuple[tuple[int, int], ...]:
+    """(version, sampled tokens) of a trajectory, ascending; empty unless every segment tells its versions."""
+    counts: Counter[int] = Counter()
+    for segment in trajectory.segments:
+        if segment.policy_versions is None:
+            return ()
+        counts.update(segment.policy_versions[segment.response_mask].tolist())
+    return tuple(sorted(counts.items()))
 
 
 def response_flags(trajectory: Trajectory) -> tuple[str, ...]:

@@ -25,11 +25,12 @@ class EpochOrder:
 
     def take(self, count: int) -> list[int]:
         """The next ``count`` row indices; a take may run over the end of an epoch."""
-        indices = [self._at(self.position + offset) for offset in range(count)]
+        indices = [self.at(self.position + offset) for offset in range(count)]
         self.position += count
         return indices
 
-    def _at(self, position: int) -> int:
+    def at(self, position: int) -> int:
+        """The row index at a position of the endless order."""
         epoch, offset = divmod(position, self.size)
         if not self._shuffle:
             return offset

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class PromptSource:
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
         self.prompts = tuple(prompts)
         self._order = EpochOrder(len(self.prompts), seed=seed, purpose="prompts", shuffle=shuffle)
+        self._returned: list[int] = []
 
     @property
     def position(self) -> int:
@@ -77,9 +78,32 @@ class PromptSource:
         """The next ``count`` prompts."""
         return [self.prompts[index] for index in self._order.take(count)]
 
+    def draw(self, count: int) -> list[tuple[int, Prompt]]:
+        """The next ``count`` (stream index, prompt) pairs: those that were given back, by index, then new ones."""
+        back, self._returned = self._returned[:count], self._returned[count:]
+        first = self.position
+        self._order.take(count - len(back))
+        return [(index, self.at(index)) for index in [*back, *range(first, self.position)]]
+
+    def at(self, index: int) -> Prompt:
+        """The prompt of a stream index."""
+        return self.prompts[self._order.at(index)]
+
+    def give_back(self, indices: Iterable[int]) -> None:
+        """Put drawn stream indices at the front of the queue.
+
+        Raises:
+            ValueError: one was never drawn, or waits there already.
+        """
+        back = sorted([*self._returned, *indices])
+        if len(set(back)) != len(back) or (back and not 0 <= back[0] <= back[-1] < self.position):
+            raise ValueError(f"prompts given back {back} must be different ones of the {self.position} drawn so far")
+        self._returned = back
+
     def state_dict(self) -> dict[str, Any]:
-        """Position in the stream and the identity of the data."""
-        return {"order": self._order.state_dict(), "fingerprint": self._fingerprint()}
+        """Position in the stream, what was given back, and the identity of the data."""
+        order = self._order.state_dict()
+        return {"order": order, "fingerprint": self._fingerprint(), "returned": list(self._returned)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; ValueError if the prompts, the seed or the shuffling are others."""
@@ -89,6 +113,7 @@ class PromptSource:
                 "resume with its data files and data.* keys"
             )
         self._order.load_state_dict(state["order"])
+        self._returned = [int(index) for index in state.get("returned", ())]
 
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from spear_megatron.environments.protocol import Observation, StepResult, ToolCall, Turn
@@ -94,6 +95,13 @@ class CodeInterpreterEnvironment:
             num_tool_failures=num_failures,
             num_invalid_actions=int(num_calls == 0),
         )
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """Nothing: every program runs in a process of its own, and no later one sees what it left."""
+        return {}
+
+    async def restore(self, prompt: Prompt, state: Mapping[str, Any]) -> None:
+        """Nothing to restore, see :meth:`snapshot`."""
 
     async def close(self) -> None:
         """Nothing to free: the sandbox belongs to whoever started it."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spear_megatron.environments.sandbox.config import SandboxConfig
+from spear_megatron.environments.workers.config import WorkersConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class EnvironmentConfig:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -8,7 +8,8 @@ whose prompt is rebuilt from the task, the last few steps and the current observ
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from spear_megatron.environments.grid_map import ACTIONS, GridMap, GridState, advance, observe, parse_map
 from spear_megatron.environments.protocol import Observation, StepResult, Turn
@@ -76,6 +77,23 @@ class GridWorldEnvironment:
             success=solved,
             num_invalid_actions=int(action is None),
         )
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """Where the agent stands, what it has done, and the steps so far."""
+        state = self._state
+        return {
+            "cell": list(state.cell),
+            "has_key": state.has_key,
+            "door_open": state.door_open,
+            "steps": [list(step) for step in self._steps],
+        }
+
+    async def restore(self, prompt: Prompt, state: Mapping[str, Any]) -> None:
+        """Stand in the map of ``prompt`` as at the snapshot."""
+        self._prompt, self._grid = prompt, grid_of(prompt)
+        row, column = state["cell"]
+        self._state = GridState((row, column), state["has_key"], state["door_open"])
+        self._steps = [(seen, action) for seen, action in state["steps"]]
 
     async def close(self) -> None:
         """Nothing to free."""

@@ -79,6 +79,22 @@ class Environment(Protocol):
 
 
 @runtime_checkable
+class ResumableEnvironment(Protocol):
+    """What an environment may offer besides: an episode that goes on later, in another instance.
+
+    Without it, an episode that was stopped starts again from the beginning.
+    """
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """JSON-able state after the last :meth:`Environment.reset` or :meth:`Environment.step` that was completed."""
+        ...
+
+    async def restore(self, prompt: Prompt, state: Mapping[str, Any]) -> None:
+        """Stand where ``snapshot`` was taken, in place of ``reset``."""
+        ...
+
+
+@runtime_checkable
 class Reward(Protocol):
     """Scores one finished trajectory (its ``reward`` field still holds the environment's own parts)."""
 

@@ -15,13 +15,13 @@ from spear_megatron.observability.findings import Finding
 
 MEGATRON_VERSION = "0.16.1"
 _GIB = 1024**3
+_SERVER_ENVIRONMENT = ".venv-sglang"
 
 _EXTRAS = {
     "tensorboard": ("tensorboard", "pip install tensorboard", "TensorBoard curves (trainer.logger)"),
     "matplotlib": ("matplotlib", "pip install matplotlib", "learning curves as PNG"),
     "math_verify": ("math-verify", "pip install math-verify", "answers beyond integers and strings"),
-    "sglang": ("sglang", "pip install -e '.[sglang]'", "SGLang rollouts on GPUs"),
-    "ray": ("ray", "pip install -e '.[ray]'", "rollout workers on several machines"),
+    "ray": ("ray", "pip install -e '.[ray]'", "servers and environment workers on several machines"),
     "nvidia.dali": ("DALI", "pip install -e '.[dali]'", "DALI readers"),
 }
 
@@ -40,7 +40,7 @@ def diagnose_machine(probes: Mapping[str, Callable[[], Finding]], work_dir: str 
             found.append(probe())
         except Exception as error:  # a broken part is what the doctor is here to report
             found.append(Finding("error", name, f"the check itself failed: {type(error).__name__}: {error}"))
-    return [*found, _memory(), _cores(), _disk(Path(work_dir)), *_extras()]
+    return [*found, _memory(), _cores(), _disk(Path(work_dir)), _sglang(Path(work_dir)), *_extras()]
 
 
 def installed(module: str) -> bool:
@@ -133,11 +133,30 @@ def _disk(folder: Path) -> Finding:
     return Finding("ok", "disk", evidence)
 
 
+def _sglang(folder: Path) -> Finding:
+    """SGLang may be installed here, or in an environment of its own, where launched servers find it."""
+    if installed("sglang"):
+        return Finding("ok", "sglang", f"{_version('sglang')}installed here: servers of the run's own")
+    for metadata in sorted(folder.glob(f"{_SERVER_ENVIRONMENT}/lib/python3*/site-packages/sglang-*.dist-info")):
+        version = metadata.name.removeprefix("sglang-").removesuffix(".dist-info")
+        python = f"rollout.sglang.launch.python={_SERVER_ENVIRONMENT}/bin/python"
+        return Finding("ok", "sglang", f"{version}, in an environment of its own: {python}")
+    command = "pip install -e '.[sglang]' on GPU machines, 'make sglang-server' on others"
+    return Finding("info", "sglang", "not installed: servers of the run's own", command)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return f"{importlib.metadata.version(distribution)}, "
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _extras() -> list[Finding]:
     found = []
     for module, (name, command, purpose) in _EXTRAS.items():
         if installed(module):
-            found.append(Finding("ok", name, f"installed: {purpose}"))
+            found.append(Finding("ok", name, f"{_version(name)}installed: {purpose}"))
         else:
             found.append(Finding("info", name, f"not installed: {purpose}", command))
     return found

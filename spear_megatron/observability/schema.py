@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 
 from spear_megatron.observability.schema_mismatch import MISMATCH
+from spear_megatron.observability.schema_rollout import ASYNC, OVERSAMPLING
 from spear_megatron.observability.schema_spear import SPEAR
 from spear_megatron.observability.schema_types import Metric, spread
 
@@ -69,7 +70,7 @@ _TRAINING = (
 )
 
 _TIMING = (
-    Metric("timing_s/gen", "rollouts, tools and rewards included", "s"),
+    Metric("timing_s/gen", "rollouts, tools and rewards included; with trainer.async=1 the wait for them", "s"),
     Metric("timing_s/old_log_prob", "trainer log-probs before the update", "s"),
     Metric("timing_s/ref", "reference log-probs", "s"),
     Metric("timing_s/adv", "advantages", "s"),
@@ -116,6 +117,13 @@ _ENGINE = (
     *(Metric(f"engine_server/<server>/{name}", f"{meaning}, one server", unit) for name, meaning, unit in _FIGURES),
 )
 
+_SERVERS = (
+    Metric("sglang/servers", "servers of the run's own that serve the published weights", "servers"),
+    Metric("sglang/restarts", "servers replaced since the start of the run", "servers"),
+    Metric("sglang/hangs", "servers replaced because they did not answer, since the start of the run", "servers"),
+    Metric("sglang/unavailable_s", "time that servers were out of service, summed, since the start of the run", "s"),
+)
+
 _HELD_OUT = (
     ("success_rate", "held-out success rate", "fraction"),
     ("success_rate_low", "lower end of the 95 % interval of the success rate", "fraction"),
@@ -134,7 +142,8 @@ _VALIDATION = (
 )
 
 METRICS: tuple[Metric, ...] = (
-    *_ACTOR, *_ROLLOUT, *SPEAR, *_TRAINING, *MISMATCH, *_TIMING, *_PERF, *_ENGINE, *_VALIDATION,
+    *_ACTOR, *_ROLLOUT, *OVERSAMPLING, *ASYNC, *SPEAR, *_TRAINING, *MISMATCH, *_TIMING, *_PERF, *_ENGINE,
+    *_SERVERS, *_VALIDATION,
 )  # fmt: skip
 
 

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from spear_megatron.data.chat import ChatRenderer
 from spear_megatron.data.tool_calls import parse_turn
-from spear_megatron.environments.protocol import Environment, Observation, Reward, StepResult
+from spear_megatron.environments.protocol import Environment, Observation, ResumableEnvironment, Reward, StepResult
 from spear_megatron.parallel.seeds import derive_key
-from spear_megatron.rollout.engine import Engine, EngineError, GenerateRequest, GenerateResult, SamplingParams
-from spear_megatron.types import Prompt, RewardParts, Segment, StopReason, Trajectory, TrajectoryId
+from spear_megatron.rollout.engine import (
+    Engine,
+    EngineError,
+    GenerateRequest,
+    GenerateResult,
+    RequestStopped,
+    SamplingParams,
+)
+from spear_megatron.rollout.outside import InfrastructureError, finite_reward, outside, plain_parts
+from spear_megatron.rollout.partial import EpisodeSlot, PartialEpisode, Stage
+from spear_megatron.rollout.segments import SegmentBuilder
+from spear_megatron.types import Prompt, RewardParts, StopReason, Trajectory, TrajectoryId
 
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _CUT = "\n...(truncated)...\n"
 
@@ -60,6 +65,7 @@ async def run_episode(
     noise_key: int,
     limits: EpisodeLimits,
     sampling: SamplingParams,
+    slot: EpisodeSlot | None = None,
 ) -> Trajectory:
     """Play one episode, close its ``environment``, and score it.
 
@@ -68,14 +74,22 @@ async def run_episode(
     ``noise_key``, the segment and the token position. ``sampling.max_new_tokens`` bounds one turn; a turn that it or
     another limit cuts ends the episode.
 
+    ``slot`` may say where an earlier run of this episode was stopped, and tells others how far this one is, also after
+    it was cancelled.
+
     Raises:
+        RequestStopped: a stoppable engine was told to end all requests.
         ValueError: the prompt is longer than ``max_prompt_length``, or the engine can never serve the request.
     """
     episode = _Episode(engine, renderer, environment, prompt, trajectory_id, noise_key, limits, sampling)
     error: str | None = None
+    if slot is not None:
+        slot.bind(episode)
     try:
+        if slot is not None and slot.resume is not None:
+            await episode.resume(slot.resume)
         stop_reason = await episode.play()
-    except _InfrastructureError as failure:
+    except InfrastructureError as failure:
         stop_reason, error = StopReason.INFRASTRUCTURE, str(failure)
     finally:
         await _close(environment, trajectory_id)
@@ -83,15 +97,11 @@ async def run_episode(
     if not trajectory.valid:
         return trajectory
     try:
-        parts = await _outside("reward", RewardParts, reward, prompt, trajectory)
-        parts = _plain(parts, trajectory)
-    except _InfrastructureError as failure:
+        parts = await outside("reward", RewardParts, reward, prompt, trajectory)
+        parts = plain_parts(parts, trajectory)
+    except InfrastructureError as failure:
         return dataclasses.replace(trajectory, stop_reason=StopReason.INFRASTRUCTURE, error=str(failure))
     return dataclasses.replace(trajectory, reward=parts)
-
-
-class _InfrastructureError(RuntimeError):
-    """What the episode stands on failed; the message says where."""
 
 
 class _Episode:
@@ -116,7 +126,7 @@ class _Episode:
         self._noise_key = noise_key
         self._limits = limits
         self._sampling = sampling
-        self._segments: list[_SegmentBuilder] = []
+        self._segments: list[SegmentBuilder] = []
         self._messages: list[Mapping[str, Any]] = []
         self._versions: list[int] = []
         self._num_turns = 0
@@ -125,35 +135,93 @@ class _Episode:
         self._num_tool_turns = 0
         self._environment_reward = 0.0
         self._success = False
+        self._stage: Stage = "turn"
+        self._turn_start = 0
+        self._ended: StopReason | None = None
+        self._kept: Mapping[str, Any] | None = None
+
+    async def resume(self, partial: PartialEpisode) -> None:
+        """Take up an episode where it was stopped."""
+        before = partial.trajectory
+        self._segments = [SegmentBuilder.of(segment) for segment in before.segments]
+        self._messages = list(before.messages)
+        for segment in before.segments:
+            if segment.policy_versions is not None:
+                self._versions += segment.policy_versions[segment.response_mask].tolist()
+        self._num_turns = before.num_turns
+        self._num_tool_calls, self._num_tool_failures = before.num_tool_calls, before.num_tool_failures
+        self._num_tool_turns = before.num_tool_turns
+        self._environment_reward, self._success = before.reward.outcome, before.reward.success
+        self._stage, self._turn_start, self._kept = partial.stage, partial.turn_start, partial.environment
+        if partial.stage == "reward":
+            self._ended = before.stop_reason
+            return
+        assert isinstance(self._environment, ResumableEnvironment)
+        await outside("environment restore", object, self._environment.restore, self._prompt, partial.environment)
 
     async def play(self) -> StopReason:
         """Alternate turns and steps until the episode ends."""
-        observation = await _outside("environment reset", Observation, self._environment.reset, self._prompt)
-        self._open_segment(observation)
-        while True:
-            segment = self._segments[-1]
-            budget = self._turn_budget(segment)
-            if budget < 1:
+        if not self._segments:
+            observation = await outside("environment reset", Observation, self._environment.reset, self._prompt)
+            self._open_segment(observation)
+            self._keep_environment()
+        while self._ended is None:
+            if self._stage == "turn":
+                self._ended = await self._play_turn(self._segments[-1])
+            else:
+                self._ended = await self._play_step(self._segments[-1])
+        self._stage = "reward"
+        return self._ended
+
+    async def _play_turn(self, segment: SegmentBuilder) -> StopReason | None:
+        """Sample one model turn, or what is left of it."""
+        budget = self._turn_budget(segment)
+        if budget < 1:
+            return StopReason.LENGTH
+        result = await self._generate(segment, budget)
+        segment.append_sampled(result)
+        self._num_turns += 1
+        self._stage = "step"
+        text, _ = self._renderer.turn_text(segment.ids[self._turn_start :])
+        self._messages.append({"role": "assistant", "content": text})
+        return StopReason.LENGTH if result.finish_reason == "length" else None
+
+    async def _play_step(self, segment: SegmentBuilder) -> StopReason | None:
+        """Let the environment react to the turn."""
+        text, closed = self._renderer.turn_text(segment.ids[self._turn_start :])
+        turn = parse_turn(text, finished=True)
+        step = await outside("environment step", StepResult, self._environment.step, turn)
+        self._count(segment, step)
+        if step.done:
+            return StopReason.VOID_TURN if step.void else StopReason.ANSWER
+        if self._num_turns >= self._limits.max_turns:
+            return StopReason.TURN_LIMIT
+        if step.observation is not None:
+            if not self._open_segment(step.observation):
                 return StopReason.LENGTH
-            result = await self._generate(segment, budget)
-            segment.append_sampled(result)
-            self._num_turns += 1
-            text, closed = self._renderer.turn_text(result.output_ids)
-            self._messages.append({"role": "assistant", "content": text})
-            if result.finish_reason == "length":
-                return StopReason.LENGTH
-            turn = parse_turn(text, finished=True)
-            step = await _outside("environment step", StepResult, self._environment.step, turn)
-            self._count(segment, step)
-            if step.done:
-                return StopReason.VOID_TURN if step.void else StopReason.ANSWER
-            if self._num_turns >= self._limits.max_turns:
-                return StopReason.TURN_LIMIT
-            if step.observation is not None:
-                if not self._open_segment(step.observation):
-                    return StopReason.LENGTH
-            elif not self._insert(segment, step.messages, closed):
-                return StopReason.TOOL_OVERFLOW
+        elif not self._insert(segment, step.messages, closed):
+            return StopReason.TOOL_OVERFLOW
+        self._stage = "turn"
+        self._keep_environment()
+        return None
+
+    def _keep_environment(self) -> None:
+        """Remember where the environment stands, and that a turn begins."""
+        self._turn_start = len(self._segments[-1].ids)
+        if isinstance(self._environment, ResumableEnvironment):
+            self._kept = self._environment.snapshot()
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens sampled so far, over all segments."""
+        return sum(segment.num_sampled for segment in self._segments)
+
+    def partial(self) -> PartialEpisode | None:
+        """The episode as it stands; None if it cannot go on later or has sampled nothing."""
+        if self._kept is None or not self.num_sampled:
+            return None
+        trajectory = self.trajectory(self._ended or StopReason.LENGTH, None)
+        return PartialEpisode(trajectory, self._kept, self._stage, self._turn_start)
 
     def _open_segment(self, observation: Observation) -> bool:
         """Start a segment, unless it is a later one whose prompt is too long."""
@@ -165,18 +233,18 @@ class _Episode:
                 f"the prompt {self._prompt.task_id!r} has {len(ids)} tokens, more than "
                 f"data.max_prompt_length={self._limits.max_prompt_length}: raise it or remove the prompt"
             )
-        self._segments.append(_SegmentBuilder(ids, observation.observation_key))
+        self._segments.append(SegmentBuilder(ids, observation.observation_key))
         self._messages.extend(observation.messages)
         return True
 
-    def _turn_budget(self, segment: _SegmentBuilder) -> int:
+    def _turn_budget(self, segment: SegmentBuilder) -> int:
         return min(
             self._limits.max_response_length - segment.response_length,
             self._limits.max_model_len - len(segment.ids),
-            self._sampling.max_new_tokens,
+            self._sampling.max_new_tokens - (len(segment.ids) - self._turn_start),
         )
 
-    async def _generate(self, segment: _SegmentBuilder, budget: int) -> GenerateResult:
+    async def _generate(self, segment: SegmentBuilder, budget: int) -> GenerateResult:
         index = len(self._segments) - 1
         stops = dict.fromkeys((*self._sampling.stop_token_ids, *self._renderer.stop_token_ids))
         request = GenerateRequest(
@@ -188,38 +256,46 @@ class _Episode:
         )
         try:
             result = await self._engine.generate(request)
+        except RequestStopped as stop:
+            self._check(request, stop.result)
+            segment.append_sampled(stop.result)
+            raise
         except EngineError as error:
-            raise _InfrastructureError(f"engine: {error}") from error
+            raise InfrastructureError(f"engine: {error}") from error
         if result.finish_reason == "abort":
-            raise _InfrastructureError(f"engine: request {request.request_id} was aborted")
+            raise InfrastructureError(f"engine: request {request.request_id} was aborted")
+        self._check(request, result)
+        return result
+
+    def _check(self, request: GenerateRequest, result: GenerateResult) -> None:
+        """Infrastructure fails where a token lacks its log-prob or version."""
         if len(result.log_probs) != len(result.output_ids):
-            raise _InfrastructureError(
+            raise InfrastructureError(
                 f"engine: request {request.request_id} has {len(result.output_ids)} tokens "
                 f"but {len(result.log_probs)} log-probs"
             )
         if len(result.policy_versions) not in (0, len(result.output_ids)):
-            raise _InfrastructureError(
+            raise InfrastructureError(
                 f"engine: request {request.request_id} has {len(result.output_ids)} tokens "
                 f"but {len(result.policy_versions)} policy versions"
             )
         self._versions.extend(result.policy_versions)
-        return result
 
-    def _count(self, segment: _SegmentBuilder, step: StepResult) -> None:
+    def _count(self, segment: SegmentBuilder, step: StepResult) -> None:
         self._num_tool_calls += step.num_tool_calls
         self._num_tool_failures += step.num_tool_failures
         self._num_tool_turns += step.num_tool_calls > 0
-        reward = _finite(step.reward)
+        reward = finite_reward(step.reward)
         self._environment_reward += reward
         self._success = bool(step.done and step.success)
         segment.reward += reward
         segment.num_invalid_actions += int(step.num_invalid_actions)
         if step.error is not None:
-            raise _InfrastructureError(step.error)
+            raise InfrastructureError(step.error)
         if not (step.done or step.messages or step.observation):
-            raise _InfrastructureError("environment step: neither done, nor messages, nor an observation")
+            raise InfrastructureError("environment step: neither done, nor messages, nor an observation")
 
-    def _insert(self, segment: _SegmentBuilder, messages: Sequence[Mapping[str, Any]], closed: bool) -> bool:
+    def _insert(self, segment: SegmentBuilder, messages: Sequence[Mapping[str, Any]], closed: bool) -> bool:
         """Append the environment's messages and the next generation prompt, if room for a turn is left after them."""
         shown = [_shortened(message, self._limits.max_tool_response_length) for message in messages]
         ids = self._renderer.delta_ids(shown, closed=closed)
@@ -255,54 +331,6 @@ class _Episode:
         )
 
 
-class _SegmentBuilder:
-    """Ids, mask and log-probs of one segment, always of equal length."""
-
-    def __init__(self, prompt_ids: Sequence[int], observation_key: str | None) -> None:
-        self.ids = list(prompt_ids)
-        self._mask = [False] * len(self.ids)
-        self._log_probs = [0.0] * len(self.ids)
-        self._versions = [-1] * len(self.ids)
-        self._versions_known = True
-        self._prompt_length = len(self.ids)
-        self._observation_key = observation_key
-        self.reward = 0.0
-        self.num_invalid_actions = 0
-
-    @property
-    def response_length(self) -> int:
-        """Tokens after the prompt, sampled or inserted."""
-        return len(self.ids) - self._prompt_length
-
-    def append_sampled(self, result: GenerateResult) -> None:
-        known = len(result.policy_versions) == len(result.output_ids)
-        self._versions_known &= known
-        versions = result.policy_versions if known else [-1] * len(result.output_ids)
-        self._append(result.output_ids, True, result.log_probs, versions)
-
-    def append_inserted(self, ids: Sequence[int]) -> None:
-        self._append(ids, False, [0.0] * len(ids), [-1] * len(ids))
-
-    def _append(
-        self, ids: Sequence[int], sampled: bool, log_probs: Sequence[float], versions: Sequence[int]
-    ) -> None:
-        self.ids.extend(ids)
-        self._mask.extend([sampled] * len(ids))
-        self._log_probs.extend(log_probs)
-        self._versions.extend(versions)
-
-    def build(self) -> Segment:
-        return Segment(
-            ids=torch.tensor(self.ids, dtype=torch.int32),
-            response_mask=torch.tensor(self._mask, dtype=torch.bool),
-            rollout_log_probs=torch.tensor(self._log_probs, dtype=torch.float32),
-            observation_key=self._observation_key,
-            policy_versions=torch.tensor(self._versions, dtype=torch.int32) if self._versions_known else None,
-            reward=self.reward,
-            num_invalid_actions=self.num_invalid_actions,
-        )
-
-
 def truncate_middle(text: str, max_chars: int) -> str:
     """``text`` with its middle cut out so that at most ``max_chars`` characters are left."""
     if len(text) <= max_chars:
@@ -319,55 +347,6 @@ def _shortened(message: Mapping[str, Any], max_chars: int) -> Mapping[str, Any]:
     if message.get("role") != "tool" or not isinstance(content, str):
         return message
     return {**message, "content": truncate_middle(content, max_chars)}
-
-
-async def _outside(what: str, kind: type[T], call: Callable[..., Awaitable[T]], *args: Any) -> T:
-    """Await code of an environment or a reward; whatever it raises is an infrastructure failure with its place.
-
-    So is a result that is not of the ``kind`` that the protocol asks for.
-    """
-    try:
-        result = await call(*args)
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{place.filename.rpartition('/')[2]}:{place.lineno}"
-        raise _InfrastructureError(f"{what}: {type(error).__name__}: {error} ({where})") from error
-    if not isinstance(result, kind):
-        raise _InfrastructureError(f"{what}: it must return {kind.__name__}, not {type(result).__name__}")
-    return result
-
-
-def _plain(parts: RewardParts, trajectory: Trajectory) -> RewardParts:
-    """The parts as Python numbers (a reward may compute them with numpy or torch), which must be finite.
-
-    What the episode counted stands in for counts that the reward left at 0.
-    """
-    counted = trajectory.reward
-    try:
-        plain = RewardParts(
-            outcome=float(parts.outcome),
-            num_tool_calls=int(parts.num_tool_calls) or counted.num_tool_calls,
-            penalty=float(parts.penalty),
-            success=bool(parts.success),
-            num_tool_turns=int(parts.num_tool_turns) or counted.num_tool_turns,
-            num_invalid_actions=int(parts.num_invalid_actions) or counted.num_invalid_actions,
-        )
-    except (TypeError, ValueError) as error:
-        raise _InfrastructureError(f"reward: {parts} must hold numbers ({error})") from error
-    if not (math.isfinite(plain.outcome) and math.isfinite(plain.penalty)):
-        raise _InfrastructureError(f"reward: outcome {plain.outcome} and penalty {plain.penalty} must be finite")
-    return plain
-
-
-def _finite(reward: Any) -> float:
-    """An environment's reward of one turn as a Python number."""
-    try:
-        value = float(reward)
-    except (TypeError, ValueError) as error:
-        raise _InfrastructureError(f"environment step: reward must be a number, got {reward!r}") from error
-    if not math.isfinite(value):
-        raise _InfrastructureError(f"environment step: reward must be finite, got {value}")
-    return value
 
 
 async def _close(environment: Environment, trajectory_id: TrajectoryId) -> None:

@@ -103,6 +103,11 @@ class RolloutConfig:
         max_num_seqs: requests that one embedded engine computes together, or that all leaders keep at one server.
         rollout_filter_ratio: share of a step's task groups that is trained on, chosen by the spread of their rewards.
         rollout_filter_type: std keeps the groups of largest standard deviation, std_rev those of smallest.
+        over_sampling: task groups started per group that a step needs; above 1 the step takes the first to be complete
+            and stops the others, whose prompts come first in the next step.
+        partial_rollout: groups that over-sampling stopped go on in the next step with what they have, under its weights
+            (episodes of environments that cannot be restored start again); False starts them anew.
+        partial_rollout_max_age: steps that such a group may be carried over before it starts anew.
         max_model_len: tokens of prompt and response together; None takes data.max_prompt_length + max_response_length.
     """
 
@@ -113,6 +118,9 @@ class RolloutConfig:
     top_k: int = -1
     max_num_seqs: int = 64
     max_model_len: int | None = None
+    over_sampling: float = 1.0
+    partial_rollout: bool = False
+    partial_rollout_max_age: int = 2
     rollout_filter_ratio: float = 1.0
     rollout_filter_type: Literal["std", "std_rev"] = "std"
     multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
@@ -128,6 +136,14 @@ class RolloutConfig:
             _require_positive(f"{_PREFIX}.max_model_len", self.max_model_len)
         if not 0 < self.rollout_filter_ratio <= 1:
             raise ValueError(f"{_PREFIX}.rollout_filter_ratio must lie in (0, 1], got {self.rollout_filter_ratio}")
+        if not 1 <= self.over_sampling < math.inf:
+            raise ValueError(f"{_PREFIX}.over_sampling must be finite and at least 1, got {self.over_sampling}")
+        _require_positive(f"{_PREFIX}.partial_rollout_max_age", self.partial_rollout_max_age)
+        if self.partial_rollout and self.over_sampling == 1:
+            raise ValueError(
+                f"{_PREFIX}.partial_rollout=true goes on with what over-sampling stopped, but nothing is stopped by "
+                f"{_PREFIX}.over_sampling=1: raise it, or set partial_rollout=false"
+            )
         _require_temperature(f"{_PREFIX}.temperature", self.temperature)
         if self.temperature == 0:
             raise ValueError(f"{_PREFIX}.temperature=0 (greedy) makes a group's trajectories equal: set it above 0")
@@ -142,14 +158,12 @@ class RolloutConfig:
         if self.name not in ("embedded", "sglang"):
             raise ValueError(f"{_PREFIX}.name={self.name!r} is not an engine, use 'embedded' or 'sglang'")
         if self.name == "embedded":
-            given = [key for key in ("servers", "router") if getattr(self.sglang, key)]
+            given = [key for key in ("servers", "router", "colocated") if getattr(self.sglang, key)]
             if given:
                 raise ValueError(
                     f"{_PREFIX}.sglang.{given[0]} is set, but {_PREFIX}.name=embedded asks no server: "
                     "set name=sglang, or remove it"
                 )
-        elif not self.sglang.servers:
-            raise ValueError(f"{_PREFIX}.name=sglang needs {_PREFIX}.sglang.servers: give the URLs of running servers")
 
 
 def _require_positive(key: str, value: int) -> None:

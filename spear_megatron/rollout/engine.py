@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -47,9 +47,21 @@ class EngineError(RuntimeError):
     """The engine could not serve a request: infrastructure, never the policy's fault."""
 
 
+class RequestStopped(Exception):
+    """A request was ended because the collection it belongs to is over; ``result`` holds the tokens so far."""
+
+    def __init__(self, result: GenerateResult) -> None:
+        super().__init__("the collection is over")
+        self.result = result
+
+
 @runtime_checkable
 class Engine(Protocol):
-    """What the agent loop and the weight publisher need of an engine. Calls come from one asyncio loop."""
+    """What the agent loop and the weight publisher need of an engine. Calls come from one asyncio loop.
+
+    ``update_weights`` is called by the main thread while no request is pending. An engine that samples with the
+    trainer's own tensors has an attribute ``colocated`` that is True (see :func:`is_colocated`).
+    """
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Complete one request. Raises ValueError for a request it can never serve, EngineError when it failed."""
@@ -62,3 +74,20 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Release what the engine holds; pending requests fail with EngineError."""
         ...
+
+
+@runtime_checkable
+class AbortableEngine(Protocol):
+    """What an engine may offer besides: ending requests early without losing what they sampled."""
+
+    async def abort(self, request_ids: Collection[str]) -> None:
+        """End these requests where they are; unknown and finished ones are ignored.
+
+        Each pending ``generate`` call returns soon with ``finish_reason`` "abort" and the tokens sampled so far.
+        """
+        ...
+
+
+def is_colocated(engine: Engine) -> bool:
+    """Whether the engine has no copy of the weights of its own, so that it cannot sample while the trainer updates."""
+    return bool(getattr(engine, "colocated", False))

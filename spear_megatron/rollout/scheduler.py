@@ -11,6 +11,7 @@ from spear_megatron.environments.protocol import Environment, Reward
 from spear_megatron.parallel.seeds import derive_key
 from spear_megatron.rollout.agent_loop import EpisodeLimits, run_episode
 from spear_megatron.rollout.engine import Engine, SamplingParams
+from spear_megatron.rollout.partial import EpisodeSlot
 from spear_megatron.types import Group, Prompt, Trajectory, TrajectoryId
 
 RunEpisode = Callable[[Prompt, TrajectoryId], Awaitable[Trajectory]]
@@ -30,8 +31,10 @@ class EpisodeRunner:
     seed: int
     purpose: str
 
-    async def __call__(self, prompt: Prompt, trajectory_id: TrajectoryId) -> Trajectory:
-        """Run one episode, with noise keyed by (seed, purpose, id)."""
+    async def __call__(
+        self, prompt: Prompt, trajectory_id: TrajectoryId, slot: EpisodeSlot | None = None
+    ) -> Trajectory:
+        """Run one episode, with noise keyed by (seed, purpose, id); ``slot`` as in :func:`run_episode`."""
         return await run_episode(
             engine=self.engine,
             renderer=self.renderer,
@@ -42,6 +45,7 @@ class EpisodeRunner:
             noise_key=derive_key(self.seed, f"rollout/{self.purpose}", *trajectory_id),
             limits=self.limits,
             sampling=self.sampling,
+            slot=slot,
         )
 
 

@@ -6,7 +6,14 @@ import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 
-from spear_megatron.rollout.engine import Engine, EngineError, GenerateRequest, GenerateResult, SamplingParams
+from spear_megatron.rollout.engine import (
+    AbortableEngine,
+    Engine,
+    EngineError,
+    GenerateRequest,
+    GenerateResult,
+    SamplingParams,
+)
 from spear_megatron.testing.contract import ContractError, require, served
 
 
@@ -21,9 +28,10 @@ def check_engine(
     """Check the engine that ``factory`` makes, its weights loaded, on prompts around ``prompt_ids``.
 
     Checked: lengths, vocabulary, log-probs at most 0, finish reasons; token limits and stop tokens; that requests which
-    can never be served are ValueErrors; that a request without noise (temperature 0) does not depend on its key; and
-    that after ``close`` requests fail with EngineError. With ``exact`` also that equal requests give bit-equal results,
-    alone and among others. Every call has ``deadline_s`` seconds.
+    can never be served are ValueErrors; that a request without noise (temperature 0) does not depend on its key; that
+    an engine which can abort ends a request where it is; and that after ``close`` requests fail with EngineError. With
+    ``exact`` also that equal requests give bit-equal results, alone and among others. Every call has ``deadline_s``
+    seconds.
 
     Raises:
         ContractError: naming the broken rule.
@@ -57,6 +65,8 @@ async def _check(
     require(first.output_ids == second.output_ids, "greedy requests must not depend on the noise key")
     if exact:
         await _check_exact(generate, plain, result)
+    if isinstance(engine, AbortableEngine):
+        await _check_abort(engine, plain, result, exact, deadline_s)
     await _check_refusals(engine, plain, vocab_size, deadline_s)
     await served("close", engine.close(), deadline_s)
     await _expect(EngineError, "a request after close", engine.generate(plain), deadline_s)
@@ -124,6 +134,24 @@ async def _check_exact(
         for key in range(2, 8)
     ]
     require(any(ids != alone.output_ids for ids in keyed), "seven noise keys gave the same tokens")
+
+
+async def _check_abort(
+    engine: AbortableEngine, request: GenerateRequest, whole: GenerateResult, exact: bool, deadline_s: float
+) -> None:
+    """Two equal requests, of which one is aborted once both run: it returns a beginning of the other."""
+    assert isinstance(engine, Engine)
+    names = ("stays", "aborted")
+    both = [asyncio.create_task(engine.generate(dataclasses.replace(request, request_id=name))) for name in names]
+    await asyncio.sleep(0)
+    await served("abort", engine.abort(("aborted", "never heard of")), deadline_s)
+    stays, aborted = await served("requests of which one was aborted", asyncio.gather(*both), deadline_s)
+    require(len(stays.output_ids) == len(whole.output_ids), "aborting one request touched another")
+    ended = aborted.finish_reason == "abort" or len(aborted.output_ids) == len(whole.output_ids)
+    require(ended, f"an aborted request must end with finish_reason 'abort', got {aborted.finish_reason!r}")
+    require(len(aborted.log_probs) == len(aborted.output_ids), "an aborted request: one log-prob per token")
+    beginning = whole.output_ids[: len(aborted.output_ids)]
+    require(not exact or aborted.output_ids == beginning, "an aborted request must keep what it sampled so far")
 
 
 async def _check_refusals(engine: Engine, request: GenerateRequest, vocab_size: int, deadline_s: float) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spear_megatron.data.tool_calls import parse_turn
-from spear_megatron.environments.protocol import Environment, Observation, StepResult, Turn
+from spear_megatron.environments.protocol import Environment, Observation, ResumableEnvironment, StepResult, Turn
 from spear_megatron.testing.contract import require, require_int, served
 from spear_megatron.types import Prompt
 
@@ -46,8 +46,9 @@ def check_environment(
 
     Checked: the protocol; types of observations and step results; that two episodes of the same prompt and turns are
     equal (all samples of a group must see the same task); that what models write wrongly never raises and is never an
-    infrastructure failure; that a step continues in one way only; and that an episode can be closed at any point,
-    twice included. Every call has ``deadline_s`` seconds.
+    infrastructure failure; that a step continues in one way only; that an environment with snapshots goes on from each
+    as if nothing had happened; and that an episode can be closed at any point, twice included. Every call
+    has ``deadline_s`` seconds.
 
     Raises:
         ContractError: naming the broken rule.
@@ -68,6 +69,8 @@ async def _check(
         what = "reset" if index == 0 else f"step {index}"
         require(left == right, f"two episodes of the same prompt differ at {what}: {_brief(left)} and {_brief(right)}")
     require(len(first) == len(second), f"two episodes of the same prompt took {len(first)} and {len(second)} steps")
+    if isinstance(unused, ResumableEnvironment):
+        await _check_resume(factory, prompt, script, first, deadline_s)
     for turn in BAD_TURNS:
         await _episode(factory, prompt, [turn], deadline_s)
         await _episode(factory, prompt, [turn, turn, *script[:1]], deadline_s)
@@ -91,6 +94,33 @@ async def _episode(
     await served("close", environment.close(), deadline_s)
     await served("a second close", environment.close(), deadline_s)
     return seen
+
+
+async def _check_resume(
+    factory: Callable[[], Environment],
+    prompt: Prompt,
+    turns: Sequence[Turn],
+    whole: Sequence[Observation | StepResult],
+    deadline_s: float,
+) -> None:
+    """After every step of an episode, another instance must go on from a snapshot as the first one did."""
+    for cut in range(len(whole)):
+        first, second = factory(), factory()
+        assert isinstance(first, ResumableEnvironment) and isinstance(second, ResumableEnvironment)
+        await served("reset", first.reset(prompt), deadline_s)
+        for turn in turns[:cut]:
+            await served("step", first.step(turn), deadline_s)
+        state = first.snapshot()
+        _require_json(state, f"snapshot after {cut} steps")
+        await served("close", first.close(), deadline_s)
+        await served("restore", second.restore(prompt, json.loads(json.dumps(state))), deadline_s)
+        for position, turn in enumerate(turns[cut : len(whole) - 1], cut + 1):
+            result = await served(f"step {position}", second.step(turn), deadline_s)
+            require(
+                result == whole[position],
+                f"restored after {cut} steps, step {position} gave {_brief(result)}, not {_brief(whole[position])}",
+            )
+        await served("close", second.close(), deadline_s)
 
 
 def _check_observation(observation: Any, what: str) -> None:

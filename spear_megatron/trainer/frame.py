@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from spear_megatron.algorithms.config import AlgorithmConfig
 from spear_megatron.checkpoint.store import step_name
@@ -45,6 +47,7 @@ class RunFrame:
         self._gate = MismatchGate(self.settings.mismatch, self.parts.parallel, self._save_batch)
         self._measured = False
         self._step = 0
+        self._published = 0
 
     def begin(self) -> None:
         """Give the engine the current weights; before the first step, evaluate once."""
@@ -73,6 +76,10 @@ class RunFrame:
         with self._timer.phase(name), named_waits(where):
             yield
 
+    def begin_training(self) -> None:
+        """Generation is over until the next publication: servers on the trainer's GPUs make room."""
+        self.parts.to_training()
+
     def publish(self, version: int) -> None:
         """Give the engine the current weights; tokens sampled from now on carry ``version``."""
         outcome = self.parts.publish_weights(version)
@@ -80,6 +87,7 @@ class RunFrame:
             self._metrics.update(outcome.metrics())
             for note in outcome.notes:
                 self.parts.recorder.message(note)
+        self._published = version
 
     def evaluate_if_due(self, step: int) -> None:
         """Measure held-out success every ``trainer.test_freq`` steps and after the last one."""
@@ -159,6 +167,7 @@ class RunFrame:
         optimizer = self.parts.actor.optimizer
         states = {"progress": vars(self.progress).copy(), "prompt_source": self.parts.prompts.state_dict()}
         external: Sequence[FileEntry] = ()
+        states |= self._rollout_states()
         if self.parts.imitation is not None:
             states["replay"], external = self.parts.imitation.snapshot()
         self.parts.checkpoints.save(
@@ -170,6 +179,13 @@ class RunFrame:
         older = [step for step in self.parts.checkpoints.steps() if step <= info.policy_version]
         checkpoint = f"checkpoints/{step_name(max(older))}" if older else None
         return self.parts.batch_files.save(replace(info, checkpoint=checkpoint), rows)
+    @abstractmethod
+    def _rollout_states(self) -> dict[str, Any]:
+        """States of rollouts that a checkpoint has to hold; collective."""
+
+    @abstractmethod
+    def _restore_rollouts(self, states: Mapping[str, Any]) -> None:
+        """Take up what :meth:`_rollout_states` gave; collective."""
 
     def restore(self) -> int | None:
         """Continue from the newest good checkpoint; returns its step, or None without any.
@@ -192,6 +208,7 @@ class RunFrame:
         actor.optimizer.follow_configuration()
         self.progress = Progress(**loaded.states["progress"])
         self.parts.prompts.load_state_dict(loaded.states["prompt_source"])
+        self._restore_rollouts(loaded.states)
         if self.parts.imitation is not None and "replay" not in loaded.states:
             self._notes.append(f"the checkpoint of step {loaded.step} has no replay buffer: it starts empty")
         elif self.parts.imitation is not None:

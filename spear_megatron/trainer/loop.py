@@ -12,12 +12,14 @@ def train(run: Run) -> None:
     current policy, shape their rewards and filter them, choose earlier successes to imitate, bring rows to the ranks
     that train on them, evaluate old log-probs and hold the engine's against them, evaluate reference log-probs,
     compare rewards within groups, take the optimizer steps on J_GRPO + gamma * J_SIL, push this step's successes for
-    later, publish the weights, record, save.
+    later, publish the weights, record, save. With ``trainer.async=1`` collecting begins the rollouts of the next step,
+    which end before the weights are published.
     """
     run.begin()
     for step in run.remaining_steps():
         with run.phase("gen"):
             collected = run.collect(step)
+            run.begin_training()
         with run.phase("filter"):
             scores = run.score(step, collected.index)
         with run.phase("replay"):
@@ -37,6 +39,8 @@ def train(run: Run) -> None:
                 run.update(step, mini_batch)
         with run.phase("push"):
             run.push(collected, scores, rows)
+        with run.phase("gen"):
+            run.finish_rollouts()
         with run.phase("publish"):
             run.publish(version=step)
         with run.phase("testing"):

@@ -48,6 +48,19 @@ def rollout_metrics(index: Sequence[IndexRow], scores: Scores) -> dict[str, floa
     }
 
 
+def staleness_metrics(index: Sequence[IndexRow], step: int) -> dict[str, float]:
+    """How far the trained weights (version ``step`` - 1) are ahead of those that sampled; nothing without versions."""
+    known = [row for row in index if row.valid and row.versions]
+    tokens = [(step - 1 - version, count) for row in known for version, count in row.versions]
+    if not tokens:
+        return {}
+    return {
+        "staleness/mean": sum(age * count for age, count in tokens) / sum(count for _, count in tokens),
+        "staleness/max": float(max(age for age, _ in tokens)),
+        "staleness/mixed_trajectories": _mean([float(len(row.versions) > 1) for row in known]),
+    }
+
+
 def filter_metrics(index: Sequence[IndexRow], scores: Scores) -> dict[str, float]:
     """Shares of valid trajectories that a filter masked, by reason, and of groups that are not trained on."""
     valid = [row for row in index if row.valid]

@@ -70,6 +70,10 @@ class PolicyOptimizer:
         self._bounds = (config.lr, config.min_lr)
 
     @property
+    def chunks(self) -> list[torch.nn.Module]:
+        return self._chunks
+
+    @property
     def lr(self) -> float:
         """Learning rate of the next update."""
         return float(self.megatron.param_groups[0]["lr"])

@@ -48,6 +48,7 @@ class Parts:
     imitation: Imitation | None = None
     lineage: LineageStore | None = None
     engine_metrics: Callable[[], dict[str, float]] | None = None
+    to_training: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,8 @@ class StepSettings:
     old_log_prob: Literal["trainer", "rollout"] = "trainer"
     needs_old_log_probs: bool = False
     mismatch: MismatchConfig = MismatchConfig()
+    over_sampling: float = 1.0
+    partial_rollout: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,19 +14,19 @@ from spear_megatron.data.packing import row_key
 from spear_megatron.data.rows import group_rows, kl_penalties, masked_row, with_advantages
 from spear_megatron.parallel.agreement import gather_objects
 from spear_megatron.parallel.errors import RunError
-from spear_megatron.rollout.collect import Collected, Tasks, merge
+from spear_megatron.rollout.collect import Collected
 from spear_megatron.trainer.deal import Deal, plan_deal
-from spear_megatron.trainer.frame import RunFrame
 from spear_megatron.trainer.imitation import NOTHING_REPLAYED, Replayed
 from spear_megatron.trainer.metrics import filter_metrics
 from spear_megatron.trainer.objective import ReplayTerm, UpdateKey
 from spear_megatron.trainer.parts import MiniBatch
+from spear_megatron.trainer.rollouts import RunRollouts
 from spear_megatron.trainer.scoring import GroupId, Scores, estimate, score
 from spear_megatron.types import Row, TrajectoryId
 
 
 @dataclass
-class Run(RunFrame):
+class Run(RunRollouts):
     """The phases of a step. Every method is called by all ranks in the same order."""
 
     def __post_init__(self) -> None:
@@ -36,38 +36,8 @@ class Run(RunFrame):
         self._replayed = NOTHING_REPLAYED
         self._replay_rows: list[Row] = []
 
-    def collect(self, step: int) -> Collected:
-        """This step's task groups, rolled out by the current policy.
-
-        With ``algorithm.filter_groups`` (dynamic sampling) prompts are drawn until enough groups have rewards that
-        differ, or the allowed number of batches is spent. The others are kept for figures and statistics.
-        """
-        wanted, limit = self.settings.prompts_per_step, self.algorithm.filter_groups.max_num_gen_batches
-        self._metrics["training/policy_version"] = float(step - 1)
-        collected = self._collect_batch(step, wanted)
-        if not self.algorithm.filter_groups.enable:
-            return collected
-        batches = 1
-        while (missing := wanted - len(self._informative(step, collected.index))) > 0 and batches < limit:
-            collected = merge(collected, self._collect_batch(step, missing))
-            batches += 1
-        self._metrics["filter/gen_batches"] = float(batches)
-        return collected
-
-    def _collect_batch(self, step: int, count: int) -> Collected:
-        first = self.parts.prompts.position
-        prompts = self.parts.prompts.take(count)
-        return self.parts.collector.collect(
-            Tasks(
-                purpose="train",
-                step=step,
-                prompts=tuple(enumerate(prompts, first)),
-                num_samples=self.settings.samples_per_prompt,
-                sampling=self.settings.sampling,
-            )
-        )
-
     def _informative(self, step: int, index: Sequence[IndexRow]) -> set[GroupId]:
+        """Groups whose rewards differ."""
         scores = self._score(step, index, ratio=1.0)
         return informative_groups(group_spread({key: scores.rewards[key] for key in scores.counted}))
 

@@ -20,6 +20,8 @@ class TrainerConfig:
     """Checkpoint every this many steps (and after the last one); -1 saves only at the end or on SIGTERM."""
     test_freq: int = 10
     """Evaluate on the held-out prompts every this many steps (and after the last one); -1 never."""
+    async_: Literal[0, 1] = 0
+    """1: while a step trains, the next one is rolled out with the weights before it, one step off; 0: in turn."""
     val_before_train: bool = True
     """Evaluate once before the first training step."""
     max_actor_ckpt_to_keep: int = 3

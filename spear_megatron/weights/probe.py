@@ -14,7 +14,7 @@ from spear_megatron.types import Row, TrajectoryId
 from spear_megatron.weights.servers import ServerGroup
 
 TOLERANCES: Mapping[torch.dtype, float] = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
-"""Largest difference of a log-prob between trainer and server, by the dtype of the weights: two programs round apart."""
+"""Largest difference of a log-prob between trainer and server by dtype of the weights: two programs round apart."""
 PROMPT_LENGTH = 24
 Scores = Sequence[Sequence[float]]
 

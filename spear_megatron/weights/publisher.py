@@ -196,8 +196,8 @@ class Publisher:
         if self.current is not None or not large:
             return []
         return [
-            f"larger than a bucket of {self.plan.limit_bytes / 2**20:.3g} MiB, sent alone: {', '.join(large)}; a leader "
-            "holds such a tensor and one bucket, or raise actor_rollout_ref.rollout.sglang.weights.max_gather_mb"
+            f"larger than a bucket of {self.plan.limit_bytes / 2**20:.3g} MiB, sent alone: {', '.join(large)}; a "
+            "leader holds such a tensor and one bucket, or raise actor_rollout_ref.rollout.sglang.weights.max_gather_mb"
         ]
 
     def _transfer_twice(self, urls: Sequence[str], version: int) -> list[str]:
@@ -295,7 +295,8 @@ class Publisher:
 
     def _of_rank_0(self, ask: Callable[[], T]) -> T:
         """What rank 0 found, on every rank."""
-        return gather_objects(self.parallel, ask() if self.parallel.rank == 0 else None)[0]  # type: ignore[return-value]
+        found = gather_objects(self.parallel, ask() if self.parallel.rank == 0 else None)[0]
+        return found  # type: ignore[return-value]
 
     def _share_failures(self) -> None:
         for failures in gather_objects(self.parallel, dict(self.servers.failures)):

@@ -96,7 +96,7 @@ def find_targets(group: ServerGroup, urls: Sequence[str], shape: ModelShape) -> 
 
 
 def model_problem(folder: str, shape: ModelShape) -> str | None:
-    """Why a server that was started with ``folder`` cannot take weights of ``shape``; None if it can, as far as seen."""
+    """Why a server that was started with ``folder`` cannot take weights of ``shape``; None if nothing is against it."""
     if not (Path(folder) / "config.json").is_file():
         return None
     try:

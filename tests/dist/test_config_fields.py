@@ -43,7 +43,7 @@ def test_a_field_has_an_effect(key: str, files: str, tmp_path: Path) -> None:
     assert verdict(ranks) == ""
 
 
-@pytest.mark.parametrize("key", ["data.max_prompt_length", "trainer.resume_mode", "actor_rollout_ref.rollout.name"])
+@pytest.mark.parametrize("key", ["data.max_prompt_length", "trainer.resume_mode", "actor_rollout_ref.rollout.top_p"])
 def test_a_refusal_names_the_field(key: str, files: str, tmp_path: Path) -> None:
     (_, other, _), = run_ranks(observe_field, 1, key, files, str(tmp_path))
     assert other.refused and key.rpartition(".")[2] in other.seen

@@ -12,7 +12,9 @@ PROMPTS = tuple(tuple(range(3 + i, 9 + 2 * i)) for i in range(4))
 GREEDY_TOKENS = 16
 
 
-def open_publisher(actor: Any, shape: Any, parallel: Any, folder: str, urls: list[str], scratch: str, **keys: Any) -> Any:
+def open_publisher(
+    actor: Any, shape: Any, parallel: Any, folder: str, urls: list[str], scratch: str, **keys: Any
+) -> Any:
     """A publisher to ``urls``; ``keys`` are of WeightsConfig."""
     from spear_megatron.rollout.sglang.weights_config import WeightsConfig
     from spear_megatron.weights.build import build_publisher

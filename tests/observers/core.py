@@ -58,10 +58,13 @@ def refused(*values: str, given: tuple[str, ...] = ()) -> Observer:
 
 def table() -> Observers:
     """All observers by key. Raises AssertionError for a key with two."""
-    from observers import actor, environment, layout, losses, rollout, run, sglang, spear, supervised, tasks, weights
+    from observers import (
+        actor, environment, layout, losses, rollout, run, servers, sglang, spear, supervised, tasks, weights,
+    )  # fmt: skip
 
+    modules = (tasks, actor, losses, layout, rollout, environment, run, servers, sglang, weights, spear, supervised)
     merged: Observers = {}
-    for module in (tasks, actor, losses, layout, rollout, environment, run, sglang, weights, spear, supervised):
+    for module in modules:
         assert not merged.keys() & module.OBSERVERS.keys()
         merged |= module.OBSERVERS
     return merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,63 @@ def after_a_death(config: Config, scratch: Path) -> Any:
     return asyncio.run(run())
 
 
+def with_workers(words: str, episodes: int = 1) -> Callable[[Config, Path], Any]:
+    """Observer function: the answers of every episode to ``words``, one after the other, or how they fail."""
+
+    def observe(config: Config, scratch: Path) -> Any:
+        async def run() -> Any:
+            from spear_megatron.cli.agents import open_environment
+
+            make, workers = open_environment(config)
+            answers: list[Any] = []
+            try:
+                for environment in [make() for _ in range(episodes)]:
+                    try:
+                        await environment.reset(Prompt("task", ({"role": "user", "content": "hello"},)))
+                        step = await environment.step(Turn(words, (), finished=True))
+                        answers.append(step.messages[0]["content"])
+                    except RuntimeError as error:
+                        answers.append(type(error).__name__)
+                return answers
+            finally:
+                if workers is not None:
+                    await workers.close()
+
+        return asyncio.run(run())
+
+    return observe
+
+
+def after_two_deaths(config: Config, scratch: Path) -> Any:
+    """Workers that two episodes lose, or get."""
+
+    async def run() -> Any:
+        from spear_megatron.cli.agents import open_environment
+
+        make, workers = open_environment(config)
+        assert workers is not None
+        ends = []
+        for _ in range(2):
+            environment = make()
+            try:
+                await environment.reset(Prompt("task", ({"role": "user", "content": "hello"},)))
+                ends.append("reset")
+                await environment.step(Turn("die", (), finished=True))
+            except RuntimeError as error:
+                ends.append(type(error).__name__)
+            await environment.close()
+        await workers.close()
+        return ends
+
+    return asyncio.run(run())
+
+
+def worker_pids(config: Config, scratch: Path) -> Any:
+    """Processes that four episodes live in, and whether this is one of them."""
+    pids = with_workers("pid", 4)(config, scratch)
+    return len(set(pids)), str(os.getpid()) in pids
+
+
 _TWO_SLEEPS = programs("import time; time.sleep(0.5)", "import time; time.sleep(0.5)")
 _ONE_WORKER = (f"{_SANDBOX}.workers=1",)
 _NOBODY_THERE = f"{_SANDBOX}.url=http://127.0.0.1:9"
@@ -119,7 +177,14 @@ _THREADS = (
     "for thread in threads: thread.start()\nprint('started')"
 )
 _MODULES = "import sys; print('fractions' in sys.modules)"
+_WORKERS = "env.workers"
+_OBEDIENT = ("env.name=worker_environments:Obedient", f"{_WORKERS}.backend=process", f"{_WORKERS}.number=1")
 OBSERVERS: Observers = {
+    f"{_WORKERS}.backend": Observer(worker_pids, ("local", "process"), _OBEDIENT),
+    f"{_WORKERS}.number": Observer(worker_pids, ("1", "2"), _OBEDIENT),
+    f"{_WORKERS}.timeout_s": Observer(with_workers("sleep 1"), ("60", "0.5"), _OBEDIENT),
+    f"{_WORKERS}.start_timeout_s": Observer(with_workers("x"), ("120", "0.001"), _OBEDIENT),
+    f"{_WORKERS}.max_restarts": Observer(after_two_deaths, ("20", "0"), _OBEDIENT),
     "env.name": Observer(turn_with_two_calls, ("code_interpreter", "observers.scripted_run:Echo")),
     "env.kwargs": Observer(turn_with_two_calls, ("{{}}", "{{max_calls_per_turn: 1}}")),
     "reward.name": Observer(score, ("math", "observers.environment:Constant")),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from observers.core import Observer, Observers, refused
-from observers.scripted_run import NO_SANDBOX, episode, run_scripted
+from observers.scripted_run import NO_SANDBOX, episode, figure, run_scripted
 
 from spear_megatron.config.schema import Config
 
@@ -48,6 +48,36 @@ def engine_steps(config: Config, scratch: Path) -> Any:
         return engine.stats.num_steps
 
 
+def engine_kind(config: Config, scratch: Path) -> Any:
+    """The engine, where a server is there."""
+    from spear_megatron.cli.agents import open_engine
+    from spear_megatron.model.shape import ModelShape
+
+    shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
+    return type(open_engine(config, shape, 0, 1, ("http://127.0.0.1:9",))).__name__
+
+
+def held_groups(config: Config, scratch: Path) -> Any:
+    """(born, task) of the groups that are left over when one of three groups was accepted in each of two steps."""
+    from spear_megatron.cli.agents import load_engine, load_renderer, open_agents, samplings
+    from spear_megatron.cli.session import open_parallel
+    from spear_megatron.data.prompts import load_prompts
+    from spear_megatron.model.shape import ModelShape
+    from spear_megatron.rollout.collect import Tasks
+
+    folder = config.actor_rollout_ref.model.path
+    shape, prompts = ModelShape.from_folder(folder), load_prompts(config.data, "train")
+    with open_parallel(config) as parallel, open_agents(config, parallel, load_renderer(folder), shape) as agents:
+        assert agents.engine is not None
+        load_engine(agents.engine, folder, shape)
+        left, sampling = list(enumerate(prompts[:3])), samplings(config)[0]
+        for step in (1, 2):
+            collected = agents.collector.collect(Tasks("train", step, tuple(left), 2, sampling, wanted=1))
+            (decision,) = collected.acceptances
+            left = [pair for pair in left if pair[0] in decision.dropped]
+        return [(group.born, group.task) for group in agents.collector.held]
+
+
 def tool_episode(config: Config, scratch: Path) -> Any:
     """An episode whose policy asks for the tool twice and then answers."""
     return episode(config, ["1", "2", "\\boxed{3}"])
@@ -80,14 +110,20 @@ def nonfinite_batches(config: Config, scratch: Path) -> Any:
 
 _LONG = ("data.max_response_length=200",)
 _VALIDATES = ("trainer.test_freq=1",)
+_OVER = (f"{_ROLLOUT}.over_sampling=1.5", "algorithm.rollout_correction.mode=tis")
 OBSERVERS: Observers = {
-    f"{_ROLLOUT}.name": refused("embedded", "sglang"),  # without servers
+    f"{_ROLLOUT}.name": Observer(engine_kind, ("embedded", "sglang")),
     f"{_ROLLOUT}.n": Observer(train_tasks, ("2", "3")),
     f"{_ROLLOUT}.temperature": Observer(train_tasks, ("1.0", "0.7")),
     f"{_ROLLOUT}.top_p": refused("1.0", "0.9"),
     f"{_ROLLOUT}.top_k": refused("-1", "20"),
     f"{_ROLLOUT}.max_num_seqs": Observer(engine_steps, ("8", "2"), NO_SANDBOX),
     f"{_ROLLOUT}.max_model_len": Observer(engine_steps, ("null", "64"), NO_SANDBOX),
+    f"{_ROLLOUT}.over_sampling": Observer(figure("oversampling/groups_unfinished"), ("1.0", "1.5")),
+    f"{_ROLLOUT}.partial_rollout": Observer(figure("partial/groups_held"), ("false", "true"), _OVER),
+    f"{_ROLLOUT}.partial_rollout_max_age": Observer(
+        held_groups, ("1", "2"), (*NO_SANDBOX, *_OVER, f"{_ROLLOUT}.partial_rollout=true", f"{_ROLLOUT}.max_num_seqs=4")
+    ),
     f"{_ROLLOUT}.multi_turn.max_assistant_turns": Observer(tool_episode, ("3", "2"), _LONG),
     f"{_ROLLOUT}.multi_turn.max_tool_response_length": Observer(tool_episode, ("256", "24"), _LONG),
     f"{_ROLLOUT}.mismatch.warn": Observer(gate, ("0.05", "null")),

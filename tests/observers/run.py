@@ -144,5 +144,8 @@ OBSERVERS: Observers = {
     "trainer.max_nonfinite_steps": Observer(endurance, ("3", "2"), ("trainer.total_training_steps=5",)),
     "trainer.collect_timeout_s": Observer(sampled_tokens, ("0.2", "0.3"), _HANGING),
     "trainer.collective_timeout_s": Observer(collective_deadline, ("600", "60")),
+    "trainer.async": Observer(
+        figure("training/policy_version"), ("0", "1"), ("algorithm.rollout_correction.mode=tis",)
+    ),
     "trainer.num_threads": Observer(threads, ("1", "2")),
 }

@@ -16,7 +16,10 @@ from spear_megatron.types import Group, Prompt, RewardParts, Segment, StopReason
 
 
 class Echo:
-    """An environment without tools: answers every turn with a long tool message until the policy boxes an answer."""
+    """An environment without tools: answers every turn with a long tool message until the policy boxes an answer.
+
+    It has no state, so that it can be restored.
+    """
 
     def __init__(self, *, reply: str = "go on " * 8) -> None:
         self._reply = reply
@@ -30,6 +33,13 @@ class Echo:
         if "boxed" in turn.text:
             return StepResult(done=True)
         return StepResult(messages=({"role": "tool", "content": self._reply},), num_tool_calls=1)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    async def restore(self, prompt: Prompt, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
 
     async def close(self) -> None:
         """Nothing to free."""
@@ -73,9 +83,11 @@ def trajectory(prompt: Prompt, task: TrajectoryId) -> Trajectory:
     )
 
 
-def scripted_collector(journal: ScriptedRun, parallel: Any) -> Any:
+def scripted_collector(journal: ScriptedRun, parallel: Any, background: bool = False) -> Any:
     """The real collector over rollouts that give the same trajectories for the same ids."""
+    from spear_megatron.rollout.acceptance import GroupRecord
     from spear_megatron.rollout.collect import Collector
+    from spear_megatron.rollout.oversampling import Drawn
 
     async def run_groups(tasks: Any, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
         (journal.tasks if tasks.purpose == "train" else journal.evaluations).append(tasks)
@@ -85,7 +97,15 @@ def scripted_collector(journal: ScriptedRun, parallel: Any) -> Any:
             for index, prompt in own
         ]
 
-    return Collector(parallel, run_groups, leaders=[0], timeout_s=60.0)
+    async def run_drawn(tasks: Any, portion: Any) -> Drawn:
+        """The first groups that are drawn are complete, one more is not."""
+        own = [portion.candidates[portion.work.draw()] for _ in range(tasks.wanted)]
+        groups = await run_groups(tasks, own)
+        records = [GroupRecord(index, 0, True, False, ((4, True),)) for index, _ in own]
+        records.append(GroupRecord(portion.candidates[portion.work.draw()][0], 0, False, False, ((9, False),)))
+        return Drawn({group.id[1]: group for group in groups}, records)
+
+    return Collector(parallel, run_groups, leaders=[0], timeout_s=60.0, run_drawn=run_drawn, background=background)
 
 
 @contextlib.contextmanager
@@ -105,7 +125,7 @@ def scripted(config: Config, journal: ScriptedRun) -> Iterator[Any]:
             return update(rows, **options)
 
         run.parts.actor.update = noted
-        collector = scripted_collector(journal, run.parts.parallel)
+        collector = scripted_collector(journal, run.parts.parallel, config.trainer.async_ > 0)
         run.parts = replace(run.parts, collector=collector, publish_weights=lambda version: None)
         yield run
         collector.close()

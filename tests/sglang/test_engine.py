@@ -249,7 +249,7 @@ def test_aborts_end_one_request_of_two_with_ids_that_begin_alike(sglang_server: 
     async def body() -> None:
         tasks = [asyncio.create_task(engine.generate(ask(name, (5, 6), 400))) for name in ("1-0-1/0/0", "1-0-10/0/0")]
         await asyncio.sleep(0.3)
-        await engine.abort("1-0-1/0/0")
+        await engine.abort(["1-0-1/0/0"])
         aborted, other = await asyncio.gather(*tasks)
         assert aborted.finish_reason == "abort" and len(aborted.output_ids) < 400
         assert len(aborted.log_probs) == len(aborted.policy_versions) == len(aborted.output_ids)

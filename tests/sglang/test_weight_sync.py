@@ -80,7 +80,8 @@ def test_a_server_holds_exactly_the_trainers_weights(name: str, server: str, tin
     assert answers(server) == (tokens, log_probs)
     client.close()
     if keys["way"] == "disk":
-        assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["version_00000001", "version_00000002"]
+        kept = sorted(path.name for path in (tmp_path / "weights").iterdir())
+        assert kept == ["version_00000001", "version_00000002"]
 
 
 @pytest.mark.parametrize("times", [1, 100])

@@ -15,7 +15,9 @@ from spear_megatron.config.checks import (
     check_group_size,
     check_kl,
     check_lengths,
+    check_off_policy,
     check_old_log_prob,
+    check_async,
     check_context,
     check_token_budget,
     check_train_sampling,
@@ -50,6 +52,8 @@ ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 GOOD = [
     lambda: check_world_size(8, 2, 2),
     lambda: check_world_size(1, 1, 1),
+    lambda: check_async(1, False),
+    lambda: check_async(0, True),
     lambda: check_context(2, "mini_batch", "clip-cov"),
     lambda: check_context(2, "micro_batch", "vanilla"),
     lambda: check_batch(8, 8),
@@ -78,6 +82,7 @@ BAD: list[tuple[Callable[[], None], list[str]]] = [
     (lambda: check_world_size(6, 2, 2), ["6 ranks", "tensor_model_parallel_size=2", "multiple of 4"]),
     (lambda: check_world_size(1, 2, 1), ["1 ranks", "multiple of 2"]),
     (lambda: check_world_size(2, 2, 1, 2), ["context_parallel_size=2", "multiple of 4"]),
+    (lambda: check_async(1, True), ["trainer.async=1", "colocated=true"]),
     (lambda: check_context(2, "micro_batch", "clip-cov"), ["cov_scope=micro_batch", "context_parallel_size=2"]),
     (lambda: check_batch(8, 16), ["ppo_mini_batch_size=16", "at most 8"]),
     (lambda: check_batch(8, 3), ["data.train_batch_size=8", "ppo_mini_batch_size=3"]),
@@ -215,3 +220,18 @@ def test_replay_without_weight_is_a_warning() -> None:
     overrides = [f"{ACTOR}.enable_trajectory_replay=true", f"{ACTOR}.replay_loss_coef=0"]
     (text,) = config_warnings(load(Config, None, overrides))
     assert "replay_loss_coef=0" in text
+
+
+@pytest.mark.parametrize("mode", ["tis", "icepop", "sequence_mask"])
+def test_trajectories_of_older_weights_need_a_correction(mode: str) -> None:
+    check_off_policy("trainer.async=1", mode, "trainer", "vanilla")
+    check_off_policy("trainer.async=1", mode, "trainer", "gpg")
+    check_off_policy("trainer.async=1", "none", "rollout", "vanilla")
+    with pytest.raises(ValueError, match="trainer.async=1 trains on .*rollout_correction.mode .*old_log_prob=rollout"):
+        check_off_policy("trainer.async=1", "none", "trainer", "vanilla")
+    with pytest.raises(ValueError, match="sequence_mask$"):
+        check_off_policy("trainer.async=1", "none", "rollout", "gpg")
+    given = ["trainer.async=1", "data.train_batch_size=64"]
+    with pytest.raises(ValueError, match="trainer.async=1"):
+        check_config(load(Config, None, given), SHAPE, 1)
+    check_config(load(Config, None, [*given, f"algorithm.rollout_correction.mode={mode}"]), SHAPE, 1)

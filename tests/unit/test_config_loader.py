@@ -281,3 +281,32 @@ def test_docs_from_an_attributes_section() -> None:
     docs = {row.key: row.doc for row in field_table(Sections)}
     assert docs["a"] == "first, with: a colon and a second line."
     assert (docs["b"], docs["c"], docs["d"]) == ("shared.", "shared.", "on the same line, like so.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reserved:
+    async_: int = 0
+    """How many steps ahead."""
+    class_: str
+    plain_: int = 1
+
+    def __post_init__(self) -> None:
+        if self.async_ < 0:
+            raise ValueError(f"async must not be negative, got {self.async_}")
+
+
+def test_a_key_that_python_reserves_has_a_field_with_an_underscore(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "async: 2\nclass: x\n")
+    given = load(Reserved, path, ["plain_=5"])
+    assert given == Reserved(async_=2, class_="x", plain_=5)
+    assert load(Reserved, write(tmp_path, "b.yaml", to_yaml(given))) == given and "async: 2" in to_yaml(given)
+    assert list(flatten(given)) == valid_keys(Reserved) == ["async", "class", "plain_"]
+    assert [(row.key, row.doc) for row in field_table(Reserved)][0] == ("async", "How many steps ahead.")
+    for overrides, text in (
+        (["class=x", "async_=1"], "unknown key 'async_'.* did you mean 'async'"),
+        ([], "class is required"),
+        (["class=x", "async=-1"], "async must not be negative.*async=-1"),
+        (["class=x", "async=true"], "async must be an int"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            load(Reserved, None, overrides)

@@ -71,6 +71,17 @@ def test_apex_is_told_from_its_namesake(packages: Path, nvidia: bool, level: str
     assert findings()["apex"].level == level
 
 
+@pytest.mark.skipif(installed("sglang"), reason="SGLang is installed beside the trainer")
+def test_sglang_is_found_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    def finding() -> Finding:
+        return next(item for item in diagnose_machine({}, tmp_path) if item.name == "sglang")
+
+    assert finding().level == "info" and "make sglang-server" in finding().remedy
+    (tmp_path / ".venv-sglang/lib/python3.11/site-packages/sglang-0.5.21.dist-info").mkdir(parents=True)
+    assert finding().level == "ok" and finding().evidence.startswith("0.5.21, in an environment of its own")
+    assert "launch.python=.venv-sglang/bin/python" in finding().evidence
+
+
 def test_missing_parts_come_with_an_install_command() -> None:
     assert not installed("no_such_module") and not installed("no_such_package.part") and installed("json")
     for item in findings().values():

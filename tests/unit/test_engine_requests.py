@@ -268,3 +268,30 @@ def test_a_failed_step_leaves_nothing_in_the_prefix_cache(
         with pytest.raises(EngineError, match="out of memory"):
             run(engine, [ask])
     assert run(engine, [ask]) == expected
+
+
+def test_an_aborted_request_frees_its_slot_and_goes_on_later_as_if_nothing_had_happened(
+    pair: tuple[Any, ModelShape],
+) -> None:
+    async def play() -> tuple[Any, Any, Any]:
+        engine = make_engine(*pair, max_num_seqs=1)
+        whole = await engine.generate(request((1, 2, 3), name="whole", max_new_tokens=20))
+        first = asyncio.create_task(engine.generate(request((1, 2, 3), name="first", max_new_tokens=20)))
+        waiting = asyncio.create_task(engine.generate(request((4, 5), name="waiting", max_new_tokens=2)))
+        while engine.stats.num_sampled_tokens < 27:
+            await asyncio.sleep(0)
+        await engine.abort(["first", "unknown"])
+        part, other = await first, await waiting
+        assert other.finish_reason == "length" and part.finish_reason == "abort" and len(part.output_ids) == 7
+        rest = await engine.generate(request((1, 2, 3, *part.output_ids), name="rest", max_new_tokens=13))
+        never = asyncio.create_task(engine.generate(request((1, 2, 3), name="never")))
+        await asyncio.sleep(0)
+        await engine.abort(["never"])
+        assert (await never).output_ids == ()
+        await engine.close()
+        return whole, part, rest
+
+    whole, part, rest = asyncio.run(play())
+    assert part.output_ids + rest.output_ids == whole.output_ids
+    assert part.log_probs + rest.log_probs == whole.log_probs
+    assert len(part.policy_versions) == 7

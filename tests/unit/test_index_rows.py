@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from spear_megatron.data.index import index_row
+from spear_megatron.trainer.metrics import staleness_metrics
 from spear_megatron.types import RewardParts, Segment, StopReason, Trajectory, TrajectoryId
 
 
@@ -66,3 +69,25 @@ def test_unreadable_is_what_the_policy_wrote() -> None:
     assert index_row(trajectory(segment(), messages=(bad,)), "t", 0).flags == ("unreadable",)
     others = ({"role": "tool", "content": "\ufffd"}, {"role": "user", "content": "\ufffd"}, {"role": "assistant"})
     assert index_row(trajectory(segment(), messages=others), "t", 0).flags == ()
+
+
+def with_versions(versions: list[int] | None, mask: list[int]) -> Segment:
+    known = None if versions is None else torch.tensor(versions, dtype=torch.int32)
+    return dataclasses.replace(segment(ids=list(range(len(mask))), mask=mask), policy_versions=known)
+
+
+def test_versions_of_sampled_tokens_are_counted_where_all_are_known() -> None:
+    one, other = with_versions([-1, 4, -1, 5], [0, 1, 0, 1]), with_versions([-1, 5, 5], [0, 1, 1])
+    assert index_row(trajectory(one, other), "t", 0).versions == ((4, 1), (5, 3))
+    assert index_row(trajectory(one, with_versions(None, [0, 1])), "t", 0).versions == ()
+    assert index_row(trajectory(), "t", 0).versions == ()
+
+
+def test_staleness_is_counted_by_token_and_mixed_trajectories_by_trajectory() -> None:
+    mixed = trajectory(with_versions([-1, 4, 4, 6], [0, 1, 1, 1]))
+    fresh = trajectory(with_versions([-1, 6], [0, 1]), sample=1)
+    lost = dataclasses.replace(trajectory(with_versions([-1, 0], [0, 1])), stop_reason=StopReason.INFRASTRUCTURE)
+    index = [index_row(item, "t", 0) for item in (mixed, fresh, lost, trajectory(segment()))]
+    expected = {"staleness/mean": 1.0, "staleness/max": 2.0, "staleness/mixed_trajectories": 0.5}
+    assert staleness_metrics(index, 7) == expected
+    assert staleness_metrics(index[3:], 7) == {}

@@ -188,7 +188,7 @@ def test_a_full_server_gives_its_sessions_to_one_with_room() -> None:
                     await asyncio.sleep(0.005)
                 await engine.generate(ask("1-0-0/0/1"))
                 assert len(two.received) == 1 and engine.stats.num_moved_sessions == 1
-                await engine.abort("1-0-0/0/0")
+                await engine.abort(["1-0-0/0/0"])
                 assert (await hanging).finish_reason == "abort"
 
     run(body)
@@ -291,7 +291,7 @@ def test_an_abort_that_overtakes_its_request_is_repeated() -> None:
             task = asyncio.create_task(engine.generate(ask(new=100)))
             while not server.received:
                 await asyncio.sleep(0.005)
-            await engine.abort("1-0-0/0/0")
+            await engine.abort(["1-0-0/0/0"])
             assert task.done() or (await asyncio.wait_for(task, 0.1))
             assert task.result().finish_reason == "abort" and len(server.aborted) == 2
 
@@ -447,7 +447,7 @@ def test_a_router_gets_the_requests_and_the_servers_the_rest() -> None:
                 task = asyncio.create_task(engine.generate(ask("1-0-0/0/1", new=50)))
                 while len(router.received) < 2:
                     await asyncio.sleep(0.005)
-                await engine.abort("1-0-0/0/1")
+                await engine.abort(["1-0-0/0/1"])
                 rid = router.received[1][0]
                 assert set(one.aborted) == set(two.aborted) == {rid} and router.aborted == []
                 assert router.routing_keys == ["1-0-0", "1-0-0"] and rid.split("_t")[0].endswith("1-0-0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 @given(shapes=SHAPES, dtype=DTYPES, limit=st.integers(1, 5000), owners=st.integers(1, 5))
-def test_every_tensor_travels_once_in_order_and_within_the_limit(shapes, dtype, limit, owners) -> None:  # type: ignore[no-untyped-def]
+def test_every_tensor_travels_once_in_order_and_within_the_limit(
+    shapes: Any, dtype: torch.dtype, limit: int, owners: int
+) -> None:
     plan = plan_sync(shapes, dtype, limit_bytes=limit, num_owners=owners)
     assert [entry.name for bucket in plan.buckets for entry in bucket.entries] == list(shapes)
     assert [bucket.index for bucket in plan.buckets] == list(range(len(plan.buckets)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -120,6 +121,14 @@ class EmbeddedEngine:
                 self._scheduler.remove(sequence)
             raise
 
+    async def abort(self, request_ids: Collection[str]) -> None:
+        """End these requests at once: their slots are free, their calls return what was sampled so far."""
+        wanted = set(request_ids)
+        for sequence in [*self._scheduler.running.values(), *self._scheduler.waiting]:
+            if sequence.request.request_id in wanted:
+                self._scheduler.remove(sequence)
+                self._finish(sequence, "abort")
+
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace every weight in place (Hugging Face names, full tensors of any floating dtype).
 
@@ -213,14 +222,18 @@ class EmbeddedEngine:
         stopped = token in sequence.stop_token_ids
         if stopped or len(sequence.log_probs) == request.sampling.max_new_tokens:
             self._scheduler.remove(sequence)
-            result = GenerateResult(
-                output_ids=tuple(sequence.ids[sequence.num_prompt :]),
-                log_probs=tuple(sequence.log_probs),
-                finish_reason="stop" if stopped else "length",
-                policy_versions=tuple(sequence.versions),
-            )
-            if not sequence.future.done():
-                sequence.future.set_result(result)
+            self._finish(sequence, "stop" if stopped else "length")
+
+    @staticmethod
+    def _finish(sequence: ActiveSequence, reason: Literal["stop", "length", "abort"]) -> None:
+        result = GenerateResult(
+            output_ids=tuple(sequence.ids[sequence.num_prompt :]),
+            log_probs=tuple(sequence.log_probs),
+            finish_reason=reason,
+            policy_versions=tuple(sequence.versions),
+        )
+        if not sequence.future.done():
+            sequence.future.set_result(result)
 
     def _fail_all(self, message: str, cause: BaseException | None = None) -> None:
         for sequence in [*self._scheduler.running.values(), *self._scheduler.waiting]:

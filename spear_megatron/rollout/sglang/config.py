@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from spear_megatron.rollout.sglang.launch_config import SGLangLaunchConfig
 from spear_megatron.rollout.sglang.weights_config import WeightsConfig
 
 _PREFIX = "actor_rollout_ref.rollout.sglang"
@@ -17,7 +18,7 @@ class SGLangConfig:
     """How the data-parallel leaders generate with SGLang servers, which all of them share.
 
     Attributes:
-        servers: URLs of running servers, such as http://10.0.0.7:30000.
+        servers: URLs of running servers, such as http://10.0.0.7:30000; none: the run starts its own, by ``launch``.
         router: URL of a router that spreads requests over servers; null lets the engine choose among them itself.
             Weights and aborts still go to the servers one by one.
         max_in_flight: requests that all leaders together keep at one server; null takes rollout.max_num_seqs.
@@ -28,6 +29,7 @@ class SGLangConfig:
         health_timeout_s: seconds that a health check may take.
         health_failures: checks in a row that fail before a server gets no more requests.
         control_timeout_s: seconds that a pause, an abort or a piece of the weights may take.
+        colocated: whether started servers share the trainer's GPUs and take turns with it.
         max_bucket_mb: weights sent together in one request, in MiB.
     """
 
@@ -42,6 +44,8 @@ class SGLangConfig:
     health_failures: int = 3
     control_timeout_s: float = 120.0
     max_bucket_mb: int = 256
+    colocated: bool = False
+    launch: SGLangLaunchConfig = field(default_factory=SGLangLaunchConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
 
     def __post_init__(self) -> None:
@@ -56,6 +60,10 @@ class SGLangConfig:
             _require_positive_number(f"{_PREFIX}.{name}", getattr(self, name))
         if self.max_in_flight is not None:
             _require_count(f"{_PREFIX}.max_in_flight", self.max_in_flight, at_least=1)
+        if self.colocated and self.servers:
+            raise ValueError(
+                f"{_PREFIX}.colocated=true needs servers that the run starts itself: remove {_PREFIX}.servers"
+            )
         _require_count(f"{_PREFIX}.retries", self.retries, at_least=0)
         _require_count(f"{_PREFIX}.health_failures", self.health_failures, at_least=1)
         _require_count(f"{_PREFIX}.max_bucket_mb", self.max_bucket_mb, at_least=1)

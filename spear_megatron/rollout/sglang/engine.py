@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -126,11 +126,14 @@ class SGLangEngine:
             del self._active[request.request_id]
             active.over.set()
 
-    async def abort(self, request_id: str) -> None:
-        """End a request, which then returns what it has with ``finish_reason`` abort; an unknown one is ignored.
+    async def abort(self, request_ids: Collection[str]) -> None:
+        """End requests, which then return what they have with ``finish_reason`` abort; unknown ones are ignored.
 
-        Returns when it ended, or soon after the server was told: a paused server ends it later.
+        Returns when they ended, or soon after the servers were told: a paused server ends one later.
         """
+        await asyncio.gather(*(self._abort(request_id) for request_id in request_ids))
+
+    async def _abort(self, request_id: str) -> None:
         active = self._active.get(request_id)
         if active is None:
             return
@@ -145,7 +148,7 @@ class SGLangEngine:
 
     async def abort_all(self) -> None:
         """End every request of this engine; those of others at the same servers go on."""
-        await asyncio.gather(*(self.abort(request_id) for request_id in list(self._active)))
+        await self.abort(list(self._active))
 
     async def pause(self, mode: PauseMode = "retract") -> None:
         """Stop generating on every server: ``abort`` ends the requests of everybody, the others keep them waiting."""

@@ -37,7 +37,7 @@ class ServerPool:
         self._required_label = label
 
     def set_stale(self, reasons: Mapping[str, str]) -> None:
-        """Servers, by URL with the reason, that get nothing until they name the required label or this is called again."""
+        """Servers, by URL with the reason, that get nothing until they name the required label or this is called."""
         self._stale = dict(reasons)
 
     async def choose(self, session: str) -> ServerClient:

@@ -1,0 +1,121 @@
+"""Over-sampled collections on real ranks: shared work, one agreement, and the same step again from its record."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from harness import run_ranks
+
+from spear_megatron.parallel.state import initialize
+from spear_megatron.rollout.acceptance import AcceptanceLog, to_json
+from spear_megatron.rollout.collect import Collected, Collector, Tasks
+from spear_megatron.rollout.engine import SamplingParams
+from spear_megatron.rollout.oversampling import Drawing, Drawn, Portion, draw_groups
+from spear_megatron.rollout.partial import EpisodeSlot
+from spear_megatron.rollout.work import SharedWork
+from spear_megatron.types import Group, Prompt, RewardParts, Segment, StopReason, Trajectory, TrajectoryId
+
+PROMPTS = tuple((20 + i, Prompt(f"t{i}", ({"role": "user", "content": str(i)},))) for i in range(12))
+TASKS = Tasks("train", 5, PROMPTS, 2, SamplingParams(max_new_tokens=4), wanted=8, batch=0)
+SLOW = 21  # a group that no collection waits for
+
+
+async def _no_stop() -> None:
+    return None
+
+
+def _collector(parallel: Any, delay_s: float, decisions: AcceptanceLog | None = None, **options: Any) -> Collector:
+    """Episodes of ``delay_s``, except for the slow group's."""
+
+    async def run(prompt: Prompt, key: TrajectoryId, slot: EpisodeSlot) -> Trajectory:
+        await asyncio.sleep(30 if key.task == SLOW else delay_s)
+        mask = torch.tensor([False, True, True])
+        segment = Segment(torch.tensor([1, 2, 3], dtype=torch.int32), mask, mask.float() * -1.0)
+        return Trajectory(key, (segment,), RewardParts(float(key.sample)), StopReason.ANSWER, policy_version=4)
+
+    async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
+        raise AssertionError("an over-sampled collection has no tasks of its own")
+
+    async def run_drawn(tasks: Tasks, portion: Portion) -> Drawn:
+        drawing = Drawing(
+            step=tasks.step, num_samples=tasks.num_samples, run=run, stop=_no_stop, owner=parallel.dp_rank,
+            max_concurrency=4, deadline_s=20.0,
+        )  # fmt: skip
+        return await draw_groups(drawing, portion)
+
+    leads = parallel.is_leader
+    return Collector(
+        parallel, run_groups if leads else None, leaders=list(range(0, parallel.world_size, parallel.tp_size)),
+        timeout_s=20.0, run_drawn=run_drawn if leads else None, decisions=decisions, **options,
+    )  # fmt: skip
+
+
+def _seen(collected: Collected) -> dict[str, Any]:
+    (decision,) = collected.acceptances
+    return {
+        "accepted": decision.accepted,
+        "dropped": dict(decision.dropped),
+        "index": [row.id for row in collected.index],
+        "owners": {row.id.task: row.owner for row in collected.index},
+        "own": [group.id[1] for group in collected.groups],
+        "line": to_json(decision),
+    }
+
+
+def collect_over_sampled(tp: int) -> list[dict[str, Any]]:
+    """The same collection twice, so that counters are forgotten in between, and once more from the first record."""
+    parallel = initialize(tp, 1)
+    try:
+        delay_s = 0.01 if parallel.dp_rank == 0 else 30.0
+        first, second = (_collector(parallel, delay_s) for _ in range(2))
+        seen = [_seen(collector.collect(TASKS)) for collector in (first, second)]
+        repeat = _collector(parallel, 0.0, AcceptanceLog([seen[0]["line"]]))
+        seen.append(_seen(repeat.collect(TASKS)))
+        for collector in (first, second, repeat):
+            collector.close()
+        return seen
+    finally:
+        parallel.destroy()
+
+
+def count_work() -> tuple[list[int], int]:
+    """Numbers that this rank draws of 40, and the count of both ranks."""
+    parallel = initialize(1, 1)
+    try:
+        work = SharedWork(parallel.store, "work/test")
+        mine = []
+        while (number := work.draw()) < 40:
+            mine.append(number)
+            work.complete()
+        while work.num_complete < 40:
+            pass
+        return mine, work.num_complete
+    finally:
+        parallel.destroy()
+
+
+def test_two_leaders_share_the_work_and_the_count() -> None:
+    (one, total), (other, same) = run_ranks(count_work, 2)
+    assert sorted(one + other) == list(range(40)) and total == same == 40
+
+
+def test_all_ranks_accept_the_same_groups_and_a_fast_leader_does_the_work_of_a_slow_one() -> None:
+    ranks = run_ranks(collect_over_sampled, 2, 1)
+    for attempt in range(3):
+        one, other = (rank[attempt] for rank in ranks)
+        assert {key: one[key] for key in one if key != "own"} == {key: other[key] for key in other if key != "own"}
+        assert one["accepted"] == tuple(sorted(one["own"] + other["own"])) and len(one["accepted"]) == 8
+        assert SLOW in one["dropped"] and one["dropped"].keys() | set(one["accepted"]) == {i for i, _ in PROMPTS}
+        assert one["index"] == [TrajectoryId(5, task, sample) for task in one["accepted"] for sample in range(2)]
+    assert len(ranks[0][0]["own"]) == 8 and ranks[1][0]["own"] == []  # the other leader is still at its first ones
+    first, repeated = ranks[0][0], ranks[0][2]
+    assert repeated == first
+
+
+def test_ranks_that_do_not_lead_know_the_decision() -> None:
+    leader, follower = run_ranks(collect_over_sampled, 2, 2)
+    for one, other in zip(leader, follower, strict=True):
+        assert other["own"] == [] and {**one, "own": []} == other and len(one["own"]) == 8

@@ -1,0 +1,178 @@
+"""What runs ahead of training: its loop, the collector's begin and end, and its place in a checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_trainer_deal import ALONE
+
+from spear_megatron.checkpoint.states import encode_state
+from spear_megatron.cli.agents import check_engine_for
+from spear_megatron.config.loader import load
+from spear_megatron.config.schema import Config
+from spear_megatron.data.exchange import decode_records, encode_records
+from spear_megatron.data.trajectory_records import record_to_trajectory, trajectory_to_record
+from spear_megatron.parallel.errors import RunError
+from spear_megatron.rollout.acceptance import GroupRecord, accept
+from spear_megatron.rollout.collect import Collected, Collector, Tasks
+from spear_megatron.rollout.engine import SamplingParams
+from spear_megatron.rollout import loop_thread
+from spear_megatron.rollout.loop_thread import LoopThread
+from spear_megatron.trainer.ahead import Generated, decode_generated, encode_generated
+from spear_megatron.types import Group, Prompt, RewardParts, Segment, StopReason, Trajectory, TrajectoryId
+
+TASKS = Tasks("train", 3, ((7, Prompt("t7", ())),), 2, SamplingParams(4))
+
+
+def make_trajectory(key: TrajectoryId, tokens: int = 3, **fields: Any) -> Trajectory:
+    ids = torch.arange(tokens, dtype=torch.int32)
+    segment = Segment(ids, ids > 0, -ids.float() / 3, policy_versions=torch.where(ids > 0, 4, -1).to(torch.int32))
+    return Trajectory(key, (segment,), RewardParts(0.1, success=True), StopReason.ANSWER, 4, **fields)
+
+
+def test_coroutines_share_one_loop_on_one_other_thread() -> None:
+    async def where() -> tuple[int, int]:
+        return id(asyncio.get_running_loop()), threading.get_ident()
+
+    thread = LoopThread("test")
+    one, other = thread.run(where()), thread.submit(where()).result()
+    assert one == other and one[1] != threading.get_ident()
+    never = thread.submit(asyncio.sleep(3600))
+    thread.close()
+    thread.close()
+    with pytest.raises(CancelledError):
+        never.result(timeout=5)
+    with pytest.raises(RuntimeError, match="closed"):
+        thread.run(where())
+    LoopThread("unused").close()
+
+
+def test_code_that_blocks_the_loop_does_not_block_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_thread, "CLOSE_S", 0.05)
+    gate = threading.Event()
+
+    async def block() -> None:
+        gate.wait(timeout=30)
+
+    thread = LoopThread("blocked")
+    thread.submit(block())
+    start = time.monotonic()
+    thread.close()
+    assert time.monotonic() - start < 10
+    gate.set()
+
+
+def collector(gate: threading.Event, *, fails: bool = False, background: bool = True) -> Collector:
+    async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
+        while not gate.is_set():
+            await asyncio.sleep(0.001)
+        if fails:
+            raise KeyError("broken")
+        ids = range(tasks.num_samples)
+        return [Group(p, tuple(make_trajectory(TrajectoryId(tasks.step, i, k)) for k in ids)) for i, p in own]
+
+    return Collector(ALONE, run_groups, leaders=[0], timeout_s=60.0, background=background)
+
+
+def test_what_was_begun_goes_on_until_it_is_ended() -> None:
+    gate = threading.Event()
+    one = collector(gate)
+    one.begin(TASKS)
+    with pytest.raises(RuntimeError, match="no collection under way"):
+        one.begin(TASKS)
+    gate.set()
+    collected = one.end()
+    assert [row.id for row in collected.index] == [TrajectoryId(3, 7, 0), TrajectoryId(3, 7, 1)]
+    assert collected.seconds > 0
+    assert [row.id for row in one.collect(TASKS).index] == [row.id for row in collected.index]
+    with pytest.raises(RuntimeError, match="no collection was begun"):
+        one.end()
+    one.close()
+    with pytest.raises(RuntimeError, match="background=True"):
+        collector(gate, background=False).begin(TASKS)
+
+
+def test_a_failure_in_the_background_is_told_at_the_end_and_a_close_stops_what_runs() -> None:
+    gate = threading.Event()
+    one = collector(gate, fails=True)
+    one.begin(TASKS)
+    gate.set()
+    with pytest.raises(RunError, match="collect/train/3 failed. rank 0: KeyError: 'broken' .test_rollouts_ahead"):
+        one.end()
+    one.close()
+    other = collector(threading.Event())
+    other.begin(TASKS)
+    other.close()
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Dataclasses with tensors, field by field."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if dataclasses.is_dataclass(one):
+        names = [field.name for field in dataclasses.fields(one)]
+        return type(one) is type(other) and all(equal(getattr(one, name), getattr(other, name)) for name in names)
+    if isinstance(one, (tuple, list)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(equal, one, other))
+    return one == other and type(one) is type(other)
+
+
+SEGMENTS = st.lists(st.tuples(st.integers(1, 5), st.booleans(), st.none() | st.text(), st.floats(-3, 3)), max_size=4)
+
+
+@settings(deadline=None)
+@given(
+    shapes=SEGMENTS, outcome=st.floats(-9, 9), stop=st.sampled_from(StopReason), error=st.none() | st.text(),
+    counts=st.tuples(*[st.integers(0, 9)] * 4),
+)  # fmt: skip
+def test_a_trajectory_survives_its_record(shapes, outcome, stop, error, counts) -> None:
+    generator = torch.Generator().manual_seed(len(shapes))
+    segments = []
+    for length, known, key, reward in shapes:
+        mask = torch.rand(length, generator=generator) > 0.5
+        versions = torch.randint(-1, 9, (length,), generator=generator, dtype=torch.int32) if known else None
+        log_probs = -torch.rand(length, generator=generator)
+        segments.append(Segment(torch.arange(length, dtype=torch.int32), mask, log_probs, key, versions, reward, 2))
+    whole = Trajectory(
+        TrajectoryId(3, 12, 1), tuple(segments), RewardParts(outcome, 2, 0.5, True, 1, 3), stop, 4, *counts[:3],
+        ({"role": "user", "content": "\u6570"}, {"role": "tool", "content": "", "name": "x"}), error, counts[3],
+    )  # fmt: skip
+    (record,) = decode_records(encode_records([trajectory_to_record(whole, owner=1)]))
+    assert record.fields["owner"] == 1 and equal(record_to_trajectory(record), whole)
+
+
+def test_a_step_that_waits_survives_a_checkpoint() -> None:
+    groups = [
+        Group(Prompt(f"t{task}", ()), tuple(make_trajectory(TrajectoryId(5, task, k), 3 + k) for k in range(2)))
+        for task in (10, 11)
+    ]
+    from spear_megatron.data.index import gather_index
+
+    decision = accept(5, 0, 2, [10, 11, 12], [GroupRecord(task, 0, True, False, ((2, True),)) for task in (10, 11)])
+    one = Generated(5, 3, Collected(groups, gather_index(groups, ALONE), (decision,)), {"timing_s/gen_ahead": 1.5})
+    state = encode_generated(one, ALONE, timeout_s=1.0)
+    entry, _ = encode_state("ahead", state)
+    again = decode_generated(state, ALONE, lambda index: Prompt(f"t{index}", ()))
+    assert entry.path.endswith(".pt") and equal(again.collected.groups, groups)
+    assert again.collected.index == one.collected.index and again.collected.acceptances == (decision,)
+    assert (again.step, again.version, again.metrics) == (5, 3, {"timing_s/gen_ahead": 1.5})
+
+
+def test_an_engine_without_weights_of_its_own_cannot_run_ahead() -> None:
+    engine: Any = SimpleNamespace(colocated=True)
+    check_engine_for(load(Config), engine)
+    ahead = load(Config, None, ["trainer.async=1"])
+    check_engine_for(ahead, SimpleNamespace())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="trainer.async=1 .*rollout.name=embedded has no copy .*trainer.async=0"):
+        check_engine_for(ahead, engine)
