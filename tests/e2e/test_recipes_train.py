@@ -26,7 +26,8 @@ LENGTHS = (
 )  # fmt: skip
 SIZES = (
     *LENGTHS, "data.train_batch_size=4", f"{ACTOR}.ppo_mini_batch_size=2", f"{ACTOR}.trajectory_buffer_size=2",
-    f"{ROLLOUT}.n=6", f"{ROLLOUT}.name=embedded", f"{ROLLOUT}.val_kwargs.n=1", f"trainer.total_training_steps={STEPS}",
+    f"{ROLLOUT}.n=6", f"{ROLLOUT}.name=embedded", f"{ROLLOUT}.sglang.colocated=false",
+    f"{ROLLOUT}.val_kwargs.n=1", f"trainer.total_training_steps={STEPS}",
     "trainer.save_freq=-1", "trainer.test_freq=2", "trainer.val_before_train=false", "trainer.save_hf=false",
     "trainer.collect_timeout_s=120", "trainer.collective_timeout_s=120", "env.sandbox.preload=[]",
 )  # fmt: skip

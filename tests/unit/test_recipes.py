@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {path.stem: path for path in sorted((CONFIGS / "recipes").glob("*.yaml"))}
 # Runs of their own beside the recipes; the other files there hold parts of them, or arms of the study.
 OTHERS = ("quickstart", "quickstart_drbot", "quickstart_grpo", "quickstart_spear_official", "grid_world")
+GPUS_PER_NODE = 8
 PAGE = (CONFIGS.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
 ACTOR, ROLLOUT, LOSS = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.actor.policy_loss"
 
@@ -180,12 +181,18 @@ def test_paper_recipes_take_the_choices_of_the_preset() -> None:
         assert [key for key in keys if ours[key] != method[key] and key not in sizes] == []
 
 
-def test_the_engine_is_set_in_one_place() -> None:
+def test_the_engine_is_set_in_one_place_and_fills_the_machine() -> None:
     files = (CONFIGS / "recipes").rglob("*.yaml")
     engines = [path.name for path in files if "rollout:\n    name:" in path.read_text()]
     assert engines == ["engine.yaml"]
     for name, path in RECIPES.items():
-        assert name.endswith("_sft") or "parts/engine.yaml" in path.read_text()
+        if name.endswith("_sft"):
+            continue
+        rollout = load(Config, path).actor_rollout_ref.rollout
+        assert (rollout.name, rollout.sglang.colocated) == ("sglang", True)
+        assert rollout.sglang.launch.num_servers * rollout.sglang.launch.tp_size == GPUS_PER_NODE
+        heads = SHAPES[model_of(name)]["num_key_value_heads"]
+        assert heads % rollout.sglang.launch.tp_size == 0
 
 
 def test_the_page_lists_every_recipe_and_only_keys_that_exist() -> None:
