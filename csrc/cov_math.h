@@ -14,7 +14,8 @@ constexpr int kSumLanes = 16;
 constexpr int kSumBlock = 4096;
 
 // Correctly rounded sum of doubles (expansions of Shewchuk 1997): the order of what is added has no effect. Made for
-// sums of floats, whose bits reach from 2^-149 to 2^159 at most, so that few parts hold any sum.
+// sums of floats, whose bits reach from 2^-149 to 2^159: no two parts of an expansion share or touch bits, so that half
+// as many parts hold any sum. There are few as a rule.
 class ExactSum {
 public:
     SPEAR_HOST_DEVICE void add(double value) {
@@ -48,7 +49,8 @@ public:
     }
 
 private:
-    double parts_[8];
+    static constexpr int kMaxParts = 160;
+    double parts_[kMaxParts];
     int count_ = 0;
 };
 

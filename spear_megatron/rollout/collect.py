@@ -19,6 +19,7 @@ import torch.distributed as dist
 from spear_megatron.data.index import IndexRow, gather_index
 from spear_megatron.parallel.agreement import (
     agree_ok,
+    agreed,
     forget_heartbeat,
     gather_objects,
     heartbeat,
@@ -229,7 +230,8 @@ class Collector:
             records = [record for part in gather_objects(self._parallel, own) for record in part]
             candidates = [index for index, _ in tasks.prompts]
             acceptance = accept(tasks.step, tasks.batch, tasks.wanted, candidates, records)
-            self._decisions.write(acceptance)
+            with agreed(self._parallel, f"recording of {plan.phase}"):
+                self._decisions.write(acceptance)
             if self._parallel.rank == 0:
                 portion.work.forget()
             others = {task: owner for task, owner in self._holders.items() if task not in set(candidates)}

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from async_run import ASYNC, STEPS, arguments, break_off_on_rank, course, emulate_on_rank, run_command
+from async_run import ASYNC, STEPS, arguments, break_off_on_rank, check_close, course, emulate_on_rank, run_command
 from harness import run_ranks
-from train_loop import SPEAR, compare
+from train_loop import SPEAR
 
 from spear_megatron.data.tiny import make_tiny_model
 from spear_megatron.observability.record import read_record
@@ -39,8 +39,7 @@ def test_dynamic_sampling_fills_up_a_step_that_was_rolled_out_ahead(model: str, 
     run_command(2, arguments(model, tmp_path / "ahead", *more))
     run_ranks(emulate_on_rank, 1, arguments(model, tmp_path / "in_turn", *more, "trainer.async=0"))
     result, expected = (course(tmp_path / name, own=False)[0] for name in ("ahead", "in_turn"))
-    difference = compare(result, expected)
-    assert difference.first_step_tokens_equal and difference.error <= 1.0, difference.worst
+    check_close(result, expected)
     batches = [figures["filter/gen_batches"] for figures in course(tmp_path / "ahead")[0].metrics.values()]
     assert max(batches) > 1, batches
 
@@ -58,8 +57,7 @@ def test_tokens_are_one_version_behind_and_say_so(one_rank: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_ahead_is_the_same_on_several_ranks(model: str, one_rank: Path, tmp_path: Path, world_size: int) -> None:
     run_command(world_size, arguments(model, tmp_path, *ASYNC))
-    difference = compare(course(tmp_path, own=False)[0], course(one_rank, own=False)[0])
-    assert difference.first_step_tokens_equal and difference.error <= 1.0, difference.worst
+    check_close(course(tmp_path, own=False)[0], course(one_rank, own=False)[0])
 
 
 @pytest.mark.slow
@@ -67,8 +65,7 @@ def test_a_run_ahead_is_the_same_on_several_ranks(model: str, one_rank: Path, tm
 def test_a_run_ahead_works_with_a_split_model(model: str, one_rank: Path, tmp_path: Path, split: str) -> None:
     key = f"actor_rollout_ref.actor.megatron.{split}_model_parallel_size=2"
     run_command(2, arguments(model, tmp_path, *ASYNC, key))
-    difference = compare(course(tmp_path, own=False)[0], course(one_rank, own=False)[0])
-    assert difference.first_step_tokens_equal and difference.error <= 1.0, difference.worst
+    check_close(course(tmp_path, own=False)[0], course(one_rank, own=False)[0])
 
 
 @pytest.mark.parametrize("over_sampling", ["1.0", "1.5"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from harness import run_ranks
 
+from spear_megatron.parallel.errors import RunError
 from spear_megatron.parallel.state import initialize
-from spear_megatron.rollout.acceptance import AcceptanceLog, to_json
+from spear_megatron.rollout.acceptance import Acceptance, AcceptanceLog, to_json
 from spear_megatron.rollout.collect import Collected, Collector, Tasks
 from spear_megatron.rollout.engine import SamplingParams
 from spear_megatron.rollout.oversampling import Drawing, Drawn, Portion, draw_groups
@@ -40,6 +43,8 @@ def _collector(parallel: Any, delay_s: float, decisions: AcceptanceLog | None = 
         raise AssertionError("an over-sampled collection has no tasks of its own")
 
     async def run_drawn(tasks: Tasks, portion: Portion) -> Drawn:
+        if delay_s < 0:
+            raise KeyError("engine")
         drawing = Drawing(
             step=tasks.step, num_samples=tasks.num_samples, run=run, stop=_no_stop, owner=parallel.dp_rank,
             max_concurrency=4, deadline_s=20.0,
@@ -81,6 +86,40 @@ def collect_over_sampled(tp: int) -> list[dict[str, Any]]:
         parallel.destroy()
 
 
+class FullDisk(AcceptanceLog):
+    """Cannot be written on rank 0."""
+
+    def write(self, acceptance: Acceptance) -> None:
+        if int(os.environ["RANK"]) == 0:
+            raise OSError("no space left")
+
+
+def collect_on_a_full_disk() -> str:
+    """What this rank says of a decision that rank 0 cannot record."""
+    parallel = initialize(1, 1)
+    try:
+        collector = _collector(parallel, 0.01, FullDisk())
+        with pytest.raises(RunError) as failure:
+            collector.collect(TASKS)
+        collector.close()
+        return str(failure.value)
+    finally:
+        parallel.destroy()
+
+
+def collect_with_a_broken_leader() -> str:
+    """What this rank says when the second leader cannot roll out anything."""
+    parallel = initialize(1, 1)
+    try:
+        collector = _collector(parallel, 0.01 if parallel.rank == 0 else -1.0)
+        with pytest.raises(RunError) as failure:
+            collector.collect(TASKS)
+        collector.close()
+        return str(failure.value)
+    finally:
+        parallel.destroy()
+
+
 def count_work() -> tuple[list[int], int]:
     """Numbers that this rank draws of 40, and the count of both ranks."""
     parallel = initialize(1, 1)
@@ -113,6 +152,16 @@ def test_all_ranks_accept_the_same_groups_and_a_fast_leader_does_the_work_of_a_s
     assert len(ranks[0][0]["own"]) == 8 and ranks[1][0]["own"] == []  # the other leader is still at its first ones
     first, repeated = ranks[0][0], ranks[0][2]
     assert repeated == first
+
+
+def test_a_decision_that_cannot_be_recorded_stops_every_rank() -> None:
+    for message in run_ranks(collect_on_a_full_disk, 2):
+        assert message == "recording of collect/train/5 failed. rank 0: no space left"
+
+
+def test_one_leaders_failure_stops_every_rank() -> None:
+    for message in run_ranks(collect_with_a_broken_leader, 2):
+        assert message.startswith("collect/train/5 failed. rank 1: KeyError: 'engine' (test_oversampled.py:")
 
 
 def test_ranks_that_do_not_lead_know_the_decision() -> None:

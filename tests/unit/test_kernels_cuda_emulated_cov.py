@@ -72,13 +72,16 @@ def test_a_mask_is_a_shorter_row(rule: Rule, share: float) -> None:
 
 
 @pytest.mark.parametrize("rule", [KlCovRule(0.1), ClipCovRule(0.1, -0.1, 0.1, 1.0, math.inf)])
-@pytest.mark.parametrize("keys", ["own", "zero", "few"])
+@pytest.mark.parametrize("keys", ["own", "zero", "few", "first"])
 def test_equal_words_are_told_apart_as_on_the_cpu(rule: Rule, keys: str) -> None:
-    """Covariances of few values, keys that are all equal or differ in their last bits alone."""
+    """Covariances of few values, keys that are all equal, differ in their last bits or in the first of a row alone."""
     rows = []
-    for row in make_rows([90, 141, 33], seed=11):
+    for number, row in enumerate(make_rows([90, 141, 33], seed=11)):
         log_probs = (row.log_probs * 2).round() / 2
-        own = {"own": row.keys, "zero": torch.zeros_like(row.keys), "few": row.keys & 3}[keys]
+        zeros = torch.zeros_like(row.keys)
+        own = {"own": row.keys, "zero": zeros, "few": row.keys & 3, "first": zeros.clone()}[keys]
+        if keys == "first":
+            own[0] = -number - 1  # the last row comes first
         rows.append(TokenSet(log_probs, log_probs, row.advantages.sign(), own))
     if isinstance(rule, ClipCovRule):
         rows = [replace(row, advantages=torch.zeros_like(row.advantages)) for row in rows]
@@ -164,3 +167,13 @@ def test_the_loss_of_a_micro_batch_draws_on_the_device(mode: str, monkeypatch: p
         loss, figures = PolicyLoss(rule=rule, replay_rule=rule)(row.log_probs, uniform[1], batch)
         results.append({name: float(value) for name, value in (figures.sums | {"loss": loss}).items()})
     assert results[0] == results[1] and results[0]["cov_selected"] > 5 and results[0]["cov_replay_selected"] > 0
+
+
+@pytest.mark.parametrize("bound", [1 - 1e-5, 1.0, 1 + 1e-5])
+def test_bounds_are_exclusive_and_their_neighbourhood_is_not(bound: float) -> None:
+    """Two tokens whose covariance is 1 exactly."""
+    values = torch.tensor([-1.0, 1.0])
+    row = TokenSet(values, values, values, token_keys(1, 2))
+    for lb, ub in ((bound, 3.0), (-3.0, bound)):
+        check([row], ClipCovRule(0.5, lb, ub, 0.2, 0.2))
+    assert select_on_device([row], ClipCovRule(0.5, bound, 3.0, 0.2, 0.2)).numbers.num_near_bound == 2

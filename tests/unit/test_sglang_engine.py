@@ -271,7 +271,7 @@ def test_aborts_reach_running_and_waiting_requests_and_no_other() -> None:
             while len(server.received) < 2:
                 await asyncio.sleep(0.005)
             # The last still waits for a place.
-            await asyncio.gather(*map(engine.abort, ["1-0-2/0/0", "1-0-1/0/0", "unknown"]))
+            await engine.abort(["1-0-2/0/0", "1-0-1/0/0", "unknown"])
             results = {name: await task for name, task in tasks.items()}
             assert [results[name].finish_reason for name in names] == ["abort", "length", "abort"]
             assert results["1-0-2/0/0"].output_ids == () and len(server.received) == 2
