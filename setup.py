@@ -88,6 +88,7 @@ setup(
         "dev": requirements("dev.txt"),
         "sglang": ["sglang==0.5.21"],
         "ray": ["ray==2.60.0"],
+        "parquet": ["pyarrow==26.0.1"],
         "dali": ["nvidia-dali-cuda130==2.4.0"],
     },
 )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train an agent with reinforcement learning",
+    "prepare": "turn a published data set into files for the other commands",
     "sft": "fine-tune on conversations",
     "evaluate": "measure success rates on held-out tasks",
     "convert": "convert between Hugging Face and Megatron checkpoints",
