@@ -30,7 +30,7 @@ def test_every_control_request_works(sglang_server: str, tiny_folder: Path, tmp_
     client.release_memory()
     client.resume_memory()
     client.abort_all()
-    client.update_from_disk(str(tiny_folder), "7")
+    client.update_from_disk(str(tiny_folder), "7", flush=False)
     assert client.server_info().weight_version == "7"
     with pytest.raises(EngineError, match=f"{sglang_server}/update_weights_from_disk: HTTP 400"):
         client.update_from_disk(str(tmp_path), "8")

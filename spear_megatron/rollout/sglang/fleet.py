@@ -263,7 +263,9 @@ def restore_from_disk(folder: str, version: int, *, timeout_s: float = 120.0) ->
     def restore(url: str) -> None:
         client = ControlClient(url, timeout_s=timeout_s)
         try:
-            client.update_from_disk(folder, str(version))
+            # A flush inside the update kills a server that has just answered a request.
+            client.update_from_disk(folder, str(version), flush=False)
+            client.flush_cache()
             client.resume()  # it may have missed the update in which it was paused
         finally:
             client.close()
