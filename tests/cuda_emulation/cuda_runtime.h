@@ -1,5 +1,5 @@
-// Enough of CUDA for the host to run the kernels of csrc/cuda/: every thread of a block is a fibre, and the blocks run one
-// after the other. It tests logic (reductions, barriers, atomics, order of reads and writes), not speed.
+// Enough of CUDA for the host to run the kernels of csrc/cuda/: every thread of a block is a fibre, and the blocks run
+// one after the other. It tests logic (reductions, barriers, atomics, order of reads and writes), not speed.
 //
 // A fibre runs from one barrier to the next; the fibres take turns in ascending or in descending order, drawn for every
 // round, so that a value read before another thread wrote it is seen in one of them. Threads that wait at barriers that
