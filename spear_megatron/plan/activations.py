@@ -1,0 +1,183 @@
+"""What one decoder layer keeps for its backward pass, and how many micro-batches keep it at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spear_megatron.model.shape import ModelShape
+from spear_megatron.plan.layout import Layout
+
+FP32 = 4
+Spec = Literal["plain", "transformer_engine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """Widths of one layer on one tensor rank, per token.
+
+    Attributes:
+        hidden: H; queries, keys: columns of the query and of the key projection on this rank; mlp: F / TP.
+        heads, key_heads: of attention, on this rank.
+        groups: key/value groups on this rank.
+        itemsize: bytes of one activation element.
+        tokens: T, of one micro-batch. cut_tokens: T / TP under sequence parallelism, else T.
+        packed: whether a micro-batch holds several sequences.
+    """
+
+    hidden: int
+    queries: int
+    keys: int
+    mlp: int
+    heads: int
+    key_heads: int
+    groups: int
+    head_dim: int
+    itemsize: int
+    tokens: int
+    cut_tokens: int
+    packed: bool
+    qk_norm: bool
+
+    @classmethod
+    def of(cls, shape: ModelShape, layout: Layout, *, tokens: int, itemsize: int, packed: bool = True) -> LayerSizes:
+        """Sizes of ``shape`` cut by ``layout`` for micro-batches of ``tokens`` tokens."""
+        tp = layout.tp
+        groups = max(1, shape.num_key_value_heads // tp)
+        return cls(
+            hidden=shape.hidden_size,
+            queries=shape.num_attention_heads * shape.head_dim // tp,
+            keys=groups * shape.head_dim,
+            mlp=shape.intermediate_size // tp,
+            heads=shape.num_attention_heads // tp,
+            key_heads=groups,
+            groups=groups,
+            head_dim=shape.head_dim,
+            itemsize=itemsize,
+            tokens=tokens,
+            cut_tokens=-(-tokens // tp) if layout.megatron.sequence_parallel else tokens,
+            packed=packed,
+            qk_norm=shape.qk_norm,
+        )
+
+    @property
+    def hidden_bytes(self) -> int:
+        """One hidden state of all tokens that this rank holds."""
+        return self.cut_tokens * self.hidden * self.itemsize
+
+
+def kept_by_layer(sizes: LayerSizes, spec: Spec, *, selective: bool = False) -> int:
+    """Bytes that one layer keeps of one micro-batch for its backward pass.
+
+    Args:
+        selective: the core attention is computed again (``recompute_granularity: selective``).
+    """
+    per_layer = _kept_plain if spec == "plain" else _kept_transformer_engine
+    return per_layer(sizes, selective)
+
+
+def kept_by_norm(sizes: LayerSizes) -> int:
+    """Root mean square norm of the hidden state in the plain spec.
+
+    float32: input, normalised input, output and one factor per token, 12 H + 4. bfloat16: the input in float32,
+    normalised input and output, 8 H + 4.
+    """
+    wide = 3 * FP32 if sizes.itemsize == FP32 else FP32 + 2 * sizes.itemsize
+    return sizes.cut_tokens * (wide * sizes.hidden + FP32)
+
+
+def _kept_plain(sizes: LayerSizes, selective: bool) -> int:
+    """Megatron's linears with our norm and torch's attention, as autograd saves tensors; checked by measurement.
+
+    Two norms; the joint projection (the values are a view of it); normed queries and keys; four tables of the rotary
+    embedding; rotated queries and keys, output and log-sum-exp of the attention; the joined output where a micro-batch
+    has several sequences; and 5 F of the gated MLP: both halves, the activated gate, the shifted other half, the product.
+    """
+    b = sizes.itemsize
+    per_token = (sizes.queries + 2 * sizes.keys) * b + 4 * sizes.head_dim * b
+    if sizes.qk_norm:
+        copied = sizes.groups > 1 or b < FP32  # a single group's queries are a view of the joint projection
+        per_token += FP32 * sizes.queries * copied + b * sizes.queries + FP32 * sizes.heads
+        per_token += FP32 * sizes.keys * (b < FP32) + b * sizes.keys + FP32 * sizes.key_heads
+    per_token += (2 * sizes.queries + sizes.keys) * b
+    if not selective:
+        per_token += FP32 * sizes.heads + sizes.queries * b * sizes.packed
+    per_token += 5 * sizes.mlp * b
+    return 2 * kept_by_norm(sizes) + sizes.tokens * per_token
+
+
+def _kept_transformer_engine(sizes: LayerSizes, selective: bool) -> int:
+    """Transformer Engine's fused layers with flash attention and a fused SwiGLU (arXiv 2205.05198, appendix A, adapted).
+
+    Per norm its input and output, 2 H, and a float32 factor; queries, keys and values of the attention, its output and
+    log-sum-exp; with head norms their inputs as well; 2 F before and F after the activation. Not measured here.
+    """
+    b = sizes.itemsize
+    norms = 2 * sizes.cut_tokens * (2 * sizes.hidden * b + FP32)
+    per_token = (2 * sizes.queries + 2 * sizes.keys) * b + 3 * sizes.mlp * b
+    if sizes.qk_norm:
+        per_token += (sizes.queries + sizes.keys) * b + FP32 * (sizes.heads + sizes.key_heads)
+    if not selective:
+        per_token += FP32 * sizes.heads
+    return norms + sizes.tokens * per_token
+
+
+def in_flight(layout: Layout, stage: int, num_micro_batches: int) -> int:
+    """Forward passes of one model chunk whose backward pass is still to come, at most, on a pipeline stage.
+
+    Without interleaving (1F1B, arXiv 2104.04473, section 2.2.1) min(PP - stage, m) micro-batches of the stage's only
+    chunk. Interleaved (section 2.2.2) 2 (PP - stage - 1) + (VPP - 1) PP + 1 passes, each of one of VPP chunks, at most
+    m VPP. A single stage has one.
+    """
+    if layout.pp == 1:
+        return 1
+    chunks = layout.megatron.num_chunks
+    if chunks == 1:
+        return min(layout.pp - stage, num_micro_batches)
+    warm_up = 2 * (layout.pp - stage - 1) + (chunks - 1) * layout.pp
+    return min(warm_up + 1, num_micro_batches * chunks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerActivations:
+    """Activations that the decoder layers of a rank keep at the peak of an update.
+
+    Passes in flight times the layers of a chunk times what one keeps (``kept_by_layer``). Full recomputation keeps the
+    input of every group of layers instead (H per token and group; ``block``: of the first layers, the rest is kept in
+    full) and, once, everything of the group being computed again.
+    """
+
+    sizes: LayerSizes
+    layout: Layout
+    spec: Spec
+    stage: int
+    layers_per_chunk: int
+    num_micro_batches: int
+
+    @property
+    def label(self) -> str:
+        return "activations"
+
+    @property
+    def passes(self) -> int:
+        return in_flight(self.layout, self.stage, self.num_micro_batches)
+
+    @property
+    def nbytes(self) -> int:
+        megatron = self.layout.megatron
+        full = kept_by_layer(self.sizes, self.spec, selective=megatron.recompute_granularity == "selective")
+        layers = self.layers_per_chunk
+        if megatron.recompute_granularity != "full":
+            return self.passes * layers * full + self._received
+        count = min(megatron.recompute_num_layers or 1, layers)
+        if megatron.recompute_method == "uniform":
+            groups = -(-layers // count)
+            return self.passes * groups * self.sizes.hidden_bytes + count * full
+        kept = count * self.sizes.hidden_bytes + (layers - count) * full
+        return self.passes * kept + full
+
+    @property
+    def _received(self) -> int:
+        """Stage inputs in bfloat16: the plain norm keeps them in float32, so that the received tensor is one more."""
+        separate = self.spec == "plain" and self.sizes.itemsize < FP32 and self.stage > 0
+        return self.passes * self.sizes.hidden_bytes * separate
