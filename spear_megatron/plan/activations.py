@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.plan.layout import Layout
@@ -140,11 +140,11 @@ def in_flight(layout: Layout, stage: int, num_micro_batches: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerActivations:
-    """Activations that the decoder layers of a rank keep at the peak of an update.
+    """Activations that wait for their backward pass at the peak of an update.
 
     Passes in flight times the layers of a chunk times what one keeps (``kept_by_layer``). Full recomputation keeps the
-    input of every group of layers instead (H per token and group; ``block``: of the first layers, the rest is kept in
-    full) and, once, everything of the group being computed again.
+    input of every group of layers instead: H per token and group with ``uniform``; with ``block`` of the first layers,
+    the others in full.
     """
 
     sizes: LayerSizes
@@ -154,30 +154,53 @@ class LayerActivations:
     layers_per_chunk: int
     num_micro_batches: int
 
-    @property
-    def label(self) -> str:
-        return "activations"
+    label: ClassVar[str] = "activations"
 
     @property
     def passes(self) -> int:
+        """Forward passes of one chunk in flight."""
         return in_flight(self.layout, self.stage, self.num_micro_batches)
 
     @property
-    def nbytes(self) -> int:
+    def of_layer(self) -> int:
+        """Bytes that one layer keeps when nothing but, maybe, its attention is computed again."""
+        selective = self.layout.megatron.recompute_granularity == "selective"
+        return kept_by_layer(self.sizes, self.spec, selective=selective)
+
+    @property
+    def group(self) -> int:
+        """Layers that full recomputation computes again at once; 0 without."""
         megatron = self.layout.megatron
-        full = kept_by_layer(self.sizes, self.spec, selective=megatron.recompute_granularity == "selective")
-        layers = self.layers_per_chunk
         if megatron.recompute_granularity != "full":
-            return self.passes * layers * full + self._received
-        count = min(megatron.recompute_num_layers or 1, layers)
+            return 0
+        count = min(megatron.recompute_num_layers or 1, self.layers_per_chunk)
+        return count if megatron.recompute_method == "uniform" else min(1, count)
+
+    @property
+    def nbytes(self) -> int:
+        layers, megatron = self.layers_per_chunk, self.layout.megatron
+        if not self.group:
+            return self.passes * (layers * self.of_layer + self._received)
         if megatron.recompute_method == "uniform":
-            groups = -(-layers // count)
-            return self.passes * groups * self.sizes.hidden_bytes + count * full
-        kept = count * self.sizes.hidden_bytes + (layers - count) * full
-        return self.passes * kept + full
+            return self.passes * -(-layers // self.group) * self.sizes.hidden_bytes
+        count = min(megatron.recompute_num_layers or 1, layers)
+        return self.passes * (count * self.sizes.hidden_bytes + (layers - count) * self.of_layer)
 
     @property
     def _received(self) -> int:
         """Stage inputs in bfloat16: the plain norm keeps them in float32, so that the received tensor is one more."""
         separate = self.spec == "plain" and self.sizes.itemsize < FP32 and self.stage > 0
-        return self.passes * self.sizes.hidden_bytes * separate
+        return self.sizes.hidden_bytes * separate
+
+
+@dataclass(frozen=True, slots=True)
+class RecomputedLayers:
+    """Everything that the group of layers being computed again keeps for its own backward pass (full recomputation)."""
+
+    activations: LayerActivations
+
+    label: ClassVar[str] = "recomputed layers"
+
+    @property
+    def nbytes(self) -> int:
+        return self.activations.group * self.activations.of_layer

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from spear_megatron.model.provider import padded_vocab_size
 from spear_megatron.model.shape import ModelShape
-from spear_megatron.plan.activations import LayerActivations, LayerSizes
+from spear_megatron.plan.activations import LayerActivations, LayerSizes, RecomputedLayers
 from spear_megatron.plan.layout import Layout
 from spear_megatron.plan.meta import RankModel
-from spear_megatron.plan.publish import SyncBuffers
+from spear_megatron.plan.publish import SaveStaging, SyncBuffers
 from spear_megatron.plan.terms import MainGradients, OptimizerState, OptimizerWorkspace, Parameters, Term
 from spear_megatron.plan.workload import Workload
 from spear_megatron.plan.workspace import (
@@ -61,12 +61,7 @@ class Fewer:
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Terms of every phase on one rank.
-
-    Attributes:
-        model: the rank as Megatron builds it, with its buffers.
-        extra: terms that a caller adds to all phases (``reserve``), or to one (engine weights in ``rollout``).
-    """
+    """Terms of every phase on one rank; ``model`` is the rank as Megatron builds it, with its buffers."""
 
     shape: ModelShape
     layout: Layout
@@ -101,7 +96,7 @@ class RankMemory:
         found["update"] = self.update()
         found["step"] = [*self.static, OptimizerWorkspace(self.model.buffers, work.optimizer)]
         found["publish"] = [*self.static, SyncBuffers(self.shape, self.layout, self.model, work.dtype.itemsize)]
-        found["save"] = self.static
+        found["save"] = [*self.static, *([SaveStaging(self.model, self.layout)] if work.on_host else [])]
         return found
 
     def forward(self) -> list[Term]:
@@ -123,7 +118,7 @@ class RankMemory:
         """
         work, sizes = self.workload, self.sizes
         layers = self.activations
-        peaks: list[list[Term]] = [[layers, LayerBackward(sizes, work.spec)]]
+        peaks: list[list[Term]] = [[layers, RecomputedLayers(layers), LayerBackward(sizes, work.spec)]]
         if self.is_last:
             peaks.append([layers, HeadKept(self.head), HeadBackward(self.head)])
         if self.model.pp_rank == 0:

@@ -24,6 +24,7 @@ class Workload:
         dtype: of weights and activations.
         spec: which layers; optimizer: which Adam; eager_head: plain torch log-probs.
         packed: micro-batches hold several sequences.
+        on_host: the rank computes on the CPU, so that what is staged on the host for a checkpoint counts too.
         old_log_prob: the trainer computes the old log-probs in a pass of its own. reference: there is a KL term.
     """
 
@@ -37,6 +38,7 @@ class Workload:
     optimizer: OptimizerKind = "foreach"
     eager_head: bool = False
     packed: bool = True
+    on_host: bool = False
     old_log_prob: bool = True
     reference: bool = False
 

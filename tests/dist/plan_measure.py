@@ -140,6 +140,7 @@ def predict(folder: str, case: Case, rank: int) -> dict[str, list[tuple[str, int
             max_logits_bytes=case.max_logits_mb << 20,
             dtype=dtype,
             optimizer="single",
+            on_host=True,
             packed=case.per_batch > 1,
         ),
     )
