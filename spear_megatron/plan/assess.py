@@ -149,7 +149,7 @@ def assess(run: PlannedRun, layout: Layout, machine: Machine) -> Assessment:
         host=host,
         cache_tokens=cache_tokens,
         shortages=shortages,
-        time=estimate(run, layout, machine),
+        time=estimate(run, layout, machine, cache_tokens),
     )
 
 

@@ -76,7 +76,12 @@ class RankMemory:
     def sizes(self) -> LayerSizes:
         work = self.workload
         return LayerSizes.of(
-            self.shape, self.layout, tokens=work.tokens, itemsize=work.dtype.itemsize, packed=work.packed
+            self.shape,
+            self.layout,
+            tokens=work.tokens,
+            itemsize=work.dtype.itemsize,
+            packed=work.packed,
+            fused_mlp=not work.on_host,
         )
 
     @property
@@ -102,7 +107,7 @@ class RankMemory:
     def forward(self) -> list[Term]:
         """A pass without gradients over the whole step's rows."""
         work, sizes = self.workload, self.sizes
-        working: list[Term] = [LayerForward(sizes, work.spec)]
+        working: list[Term] = [LayerForward(sizes)]
         if self.is_last:
             working.append(HeadForward(self.head))
         return [
@@ -118,7 +123,7 @@ class RankMemory:
         """
         work, sizes = self.workload, self.sizes
         layers = self.activations
-        peaks: list[list[Term]] = [[layers, RecomputedLayers(layers), LayerBackward(sizes, work.spec)]]
+        peaks: list[list[Term]] = [[layers, RecomputedLayers(layers), LayerBackward(sizes)]]
         if self.is_last:
             peaks.append([layers, HeadKept(self.head), HeadBackward(self.head)])
         if self.model.pp_rank == 0:

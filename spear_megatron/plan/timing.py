@@ -52,8 +52,8 @@ def forward_flops(shape: ModelShape, tokens: float, context: float, sampled_shar
     return tokens * (2 * layers + 2 * shape.num_layers * queries * context + 2 * head * sampled_share)
 
 
-def estimate(run: PlannedRun, layout: Layout, machine: Machine) -> StepTime:
-    """Time of a training step of ``run`` in ``layout``."""
+def estimate(run: PlannedRun, layout: Layout, machine: Machine, cache_tokens: int = 0) -> StepTime:
+    """Time of a training step of ``run`` in ``layout``; ``cache_tokens`` fit into one engine's cache (0: enough)."""
     forward = forward_flops(run.shape, run.tokens, run.mean_tokens, run.sampled_share)
     passes_forward = run.workload(layout).forward_micro_batches
     pass_s = _trainer_seconds(run, layout, machine, forward, passes_forward, collectives=2)[0]
@@ -61,7 +61,7 @@ def estimate(run: PlannedRun, layout: Layout, machine: Machine) -> StepTime:
     data_parallel = _data_parallel(run, layout, machine)
     total = update + data_parallel
     return StepTime(
-        rollout=rollout_seconds(run, layout, machine),
+        rollout=rollout_seconds(run, layout, machine, cache_tokens),
         old_log_prob=pass_s * run.old_log_prob,
         ref=pass_s * run.reference,
         update=total,
@@ -132,10 +132,10 @@ def _data_parallel(run: PlannedRun, layout: Layout, machine: Machine) -> float:
     return run.optimizer_steps * moved / (link * machine.link_efficiency)
 
 
-def rollout_seconds(run: PlannedRun, layout: Layout, machine: Machine) -> float:
+def rollout_seconds(run: PlannedRun, layout: Layout, machine: Machine, cache_tokens: int = 0) -> float:
     """Time of generating a step's trajectories.
 
-    The requests of an engine run in waves of ``max_num_seqs``. A decoding step reads the engine's weights once and the
+    The requests of an engine run in waves of ``max_num_seqs``, or of as many mean ones as its cache holds. A decoding step reads the engine's weights once and the
     cache of every request (half of it on average), or computes 2 N per request, whichever takes longer. Tokens of
     prompts and tool results are computed at the speed of a forward pass. Environments answer in no time. A whole wave
     is as long as a mean trajectory: stragglers are not in it.
@@ -148,6 +148,8 @@ def rollout_seconds(run: PlannedRun, layout: Layout, machine: Machine) -> float:
         engines, gpus, weights = layout.dp, 1, 4 * shape.num_parameters()
     requests = ceil(run.trajectories / engines)
     together = min(requests, engine.max_num_seqs)
+    if cache_tokens:
+        together = max(1, min(together, cache_tokens // run.mean_tokens))
     sampled = run.mean_tokens * run.sampled_share
     cache = together * run.mean_tokens / 2 * kv_bytes_per_token(shape, gpus)
     reading = (weights / gpus + cache) / machine.memory_bandwidth

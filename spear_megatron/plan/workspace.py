@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spear_megatron.plan.activations import FP32, LayerSizes, Spec, kept_by_norm
+from spear_megatron.plan.activations import FP32, LayerSizes, kept_by_norm
 
 BATCH_BYTES_PER_TOKEN = 4 * 8 + 3 * 1 + 6 * 4
 """A packed micro-batch (``types.MicroBatch``): four int64, three bool and six float32 values per token."""
@@ -120,19 +120,18 @@ class LayerBackward:
     """Largest live set of one layer's backward pass beyond what it keeps, at one of three places of the MLP.
 
     The gradient of the hidden state (twice, gathered, under sequence parallelism) and, at the second linear: gradients
-    of its input (T F) and weight (F H); at the product: 2 T F; at the first linear, when 5 T F have been freed:
-    2 T F + T H and the weight's 2 F H (``plain``; F over TP).
+    of its input (T F) and weight (F H); at the product: 2 T F; at the first linear, when what the MLP kept is freed:
+    2 T F + T H and the weight's 2 F H (F over TP).
     """
 
     sizes: LayerSizes
-    spec: Spec
     label: ClassVar[str] = "backward workspace"
 
     @property
     def nbytes(self) -> int:
         s, b = self.sizes, self.sizes.itemsize
         incoming = s.hidden_bytes + (s.tokens * s.hidden * b if s.cut_tokens < s.tokens else 0)
-        freed = 5 if self.spec == "plain" else 3
+        freed = s.mlp_kept
         second = b * s.mlp * (s.tokens + s.hidden)
         product = b * 2 * s.tokens * s.mlp
         first = b * ((2 - freed) * s.tokens * s.mlp + s.tokens * s.hidden + 2 * s.mlp * s.hidden)
@@ -143,18 +142,17 @@ class LayerBackward:
 class LayerForward:
     """Largest live set of one layer's forward pass without gradients.
 
-    Three hidden states (input, attended, normed) and the larger of the MLP (5 F per token in the plain spec, 3 F fused)
-    and the attention (joint projection, queries and keys before and after rotation, three temporaries of it).
+    Three hidden states (input, attended, normed) and the larger of the MLP (5 F per token, 3 F fused) and
+    the attention (joint projection, queries and keys before and after rotation, three temporaries of it).
     """
 
     sizes: LayerSizes
-    spec: Spec
     label: ClassVar[str] = "forward workspace"
 
     @property
     def nbytes(self) -> int:
         s, b = self.sizes, self.sizes.itemsize
-        mlp = (5 if self.spec == "plain" else 3) * s.mlp
+        mlp = s.mlp_kept * s.mlp
         attention = 5 * s.queries + 4 * s.keys
         rotary = FP32 * s.head_dim * s.tokens
         return 3 * s.hidden_bytes + b * s.tokens * max(mlp, attention) + rotary
