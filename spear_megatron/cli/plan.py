@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from spear_megatron.cli.common import add_config_arguments, load_config
@@ -121,7 +122,7 @@ def _print(found: Assessment, machine: Machine, proposals: Proposals | None) -> 
         time_lines,
     )
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
     tables = [memory_table(found, machine), terms_table(found), host_table(found, machine)]
     if proposals is not None:
         tables.append(proposals_table(proposals))

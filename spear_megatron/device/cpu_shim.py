@@ -14,6 +14,7 @@ _FACTORIES = (
     "tensor", "empty", "zeros", "ones", "full", "arange",
     "empty_like", "zeros_like", "ones_like", "full_like", "rand", "randn", "randint",
 )  # fmt: skip
+_FRESH = {"empty", "zeros", "ones", "full"}  # what Megatron makes weights of
 _active = 0
 
 
@@ -38,15 +39,15 @@ def megatron_on_cpu() -> Iterator[None]:
 def megatron_without_storage() -> Iterator[None]:
     """While active, what Megatron builds has shapes and dtypes but no memory: every tensor is on the meta device.
 
-    Serves to count what a rank of any layout holds, with or without CUDA. Contexts of ``megatron_on_cpu`` inside it do
-    nothing.
+    Serves to count what a rank of any layout holds, with or without CUDA: what would be created on the GPU, and weights
+    that name no device, come to the meta device. Contexts of ``megatron_on_cpu`` inside it do nothing.
 
     Raises:
         RuntimeError: called inside ``megatron_on_cpu``.
     """
     if _active:
         raise RuntimeError("megatron_without_storage must be the outermost context, leave megatron_on_cpu first")
-    with _replaced("meta"), _counted(), torch.device("meta"):
+    with _replaced("meta"), _counted():
         yield
 
 
@@ -72,6 +73,8 @@ def _replacements(device: str) -> list[tuple[Any, str, Any]]:
     from megatron.core.tensor_parallel import random as megatron_random
 
     table: list[tuple[Any, str, Any]] = [(torch, name, _moved(getattr(torch, name), device)) for name in _FACTORIES]
+    if device == "meta":
+        table += [(torch, name, _moved(getattr(torch, name), device, default=True)) for name in _FRESH]
     table += [
         (torch.Tensor, "cuda", _identity),
         (torch.Tensor, "type", _cuda_type(torch.Tensor.type)),
@@ -90,11 +93,15 @@ def _identity(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
 
 
-def _moved(factory: Callable[..., torch.Tensor], device: str) -> Callable[..., torch.Tensor]:
+def _moved(
+    factory: Callable[..., torch.Tensor], device: str, *, default: bool = False
+) -> Callable[..., torch.Tensor]:
+    """``factory`` that answers a wish for CUDA, and with ``default`` no wish, on ``device``."""
+
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         wanted = kwargs.get("device")
-        if wanted is not None and (wanted == "cuda" or str(wanted).startswith("cuda")):
+        if (wanted is None and default) or (wanted is not None and str(wanted).startswith("cuda")):
             kwargs["device"] = device
             kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)

@@ -42,6 +42,7 @@ class BufferInfo:
     Attributes:
         numel: elements of the buffer; the gradient (float32) and, with the distributed optimizer, the parameters lie
             in buffers of this size.
+        buckets: elements of its buckets; a shared embedding has one of its own.
         owned: elements of real parameters whose optimizer state this data-parallel rank keeps.
         largest_owned: elements of the largest single piece among them.
         param_itemsize: bytes of one parameter element.
@@ -49,6 +50,7 @@ class BufferInfo:
     """
 
     numel: int
+    buckets: tuple[int, ...]
     owned: int
     largest_owned: int
     param_itemsize: int
@@ -192,6 +194,7 @@ def _buffers(chunks: list[torch.nn.Module], layout: Layout, dp_rank: int) -> Ite
                 pieces.append(max(0, high - low))
             yield BufferInfo(
                 numel=buffer.numel,
+                buckets=tuple(bucket.grad_data.numel() for bucket in buffer.buckets),
                 owned=sum(pieces),
                 largest_owned=max(pieces),
                 param_itemsize=buffer.param_dtype.itemsize,

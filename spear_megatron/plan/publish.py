@@ -29,7 +29,7 @@ class SyncBuffers:
     @property
     def nbytes(self) -> int:
         shapes = self.shape.parameter_shapes()
-        own = max(prod(shapes[name]) for name in self.model.pieces) * self.itemsize
+        own = max(prod(shapes[name]) for name in self._gathered) * self.itemsize
         first = self.model.tp_rank == 0
         tp = self.layout.tp
         gathered = (own if first else 0) if tp == 1 else 2 * own // tp + (2 * own if first else 0)
@@ -38,14 +38,20 @@ class SyncBuffers:
         foreign = [prod(size) for name, size in shapes.items() if name not in self.model.pieces]
         return max(gathered, max(foreign, default=0) * self.itemsize)
 
+    @property
+    def _gathered(self) -> list[str]:
+        """Tensors that this stage gives: a tied embedding comes from the first stage."""
+        tied = self.shape.tie_word_embeddings and self.model.pp_rank > 0
+        return [name for name in self.model.pieces if not (tied and name == "model.embed_tokens.weight")]
+
 
 @dataclass(frozen=True, slots=True)
 class SaveStaging:
     """Host memory of gathering the optimizer for a checkpoint that loads at any layout (``fully_reshardable``).
 
-    With the distributed optimizer every data-parallel rank lays out its shards, 12 / DP bytes per element of a buffer;
+    With the distributed optimizer every data-parallel rank lays out its shards, 12 / DP bytes per element of a bucket;
     rank 0 receives them (float32 weights and two moments), 12 bytes per element of the buffers so far and 12 of the
-    buffer that is on its way; what the previous buffer left is freed late. Then come the cut pieces, as large as all,
+    bucket that is on its way; what the previous bucket left is freed late. Then come the cut pieces, as large as all,
     and the weights where they live on the host. Without it rank 0 copies the halves of every gated MLP's first matrix.
     Source: megatron-core 0.16.1, ``get_parameter_state_dp_zero``.
     """
@@ -62,12 +68,12 @@ class SaveStaging:
             return 0 if self.model.dp_rank else self._halves
         first, dp = self.model.dp_rank == 0, self.layout.dp
         peak = gathered = before = 0
-        for numel in (buffer.numel for buffer in buffers):
-            shards = 12 * numel // dp
-            gathered += 12 * numel * first
-            left = 12 * before // dp + 8 * before * first
-            peak = max(peak, gathered + shards + max(left, 12 * numel * first))
-            before = numel
+        for buffer in buffers:
+            gathered += 12 * buffer.numel * first
+            for numel in buffer.buckets:
+                left = 12 * before // dp + 8 * before * first
+                peak = max(peak, gathered + 12 * numel // dp + max(left, 12 * numel * first))
+                before = numel
         weights = sum(info.nbytes for info in self.model.parameters.values()) if self.on_host else 0
         return max(peak, 2 * gathered + weights) if first else peak
 

@@ -148,20 +148,23 @@ def as_json(found: Assessment, machine: Machine, proposals: Proposals | None) ->
 
 def save_picture(found: Assessment, machine: Machine, path: Path) -> Path:
     """Stacked bars of every phase on every kind of rank, with the GPU's memory as a line; written as PNG."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    colours = colormaps["tab20"]
     bars = [(kind, name, by_label(terms)) for kind, phases in found.kinds.items() for name, terms in phases.items()]
     labels = list(dict.fromkeys(label for _, _, terms in bars for label in terms))
+    labels.sort(key=lambda label: label == "reserve")  # on top
     figure = Figure(figsize=(max(6.0, 0.42 * len(bars) + 3), 5.0), layout="constrained")
     axes = figure.add_subplot()
     bottoms = [0.0] * len(bars)
     for index, label in enumerate(labels):
         heights = [terms.get(label, 0) / GIB for _, _, terms in bars]
-        colour = f"C{index}" if index < 10 else str(0.2 + 0.08 * (index - 10))
-        axes.bar(range(len(bars)), heights, bottom=bottoms, label=label, color=colour)
+        axes.bar(range(len(bars)), heights, bottom=bottoms, label=label, color=colours(index))
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     if not found.run.on_host:
         axes.axhline(machine.gpu_bytes / GIB, color="black", linewidth=1, linestyle="--")
+    axes.set_ylim(0, 1.08 * max(bottoms))
     axes.set_xticks(range(len(bars)), [f"{kind}: {name}" for kind, name, _ in bars], rotation=60, ha="right", size=7)
     axes.set_ylabel("GiB per rank")
     axes.set_title(f"{found.layout.describe()}, micro-batches of {found.run.micro_batch_tokens} tokens", size=10)

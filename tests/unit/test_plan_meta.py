@@ -88,6 +88,11 @@ def test_nothing_is_allocated_and_no_group_stays() -> None:
     assert all(piece.parameter.is_meta for pieces in rank.pieces.values() for piece in pieces)
     assert {info.dtype for info in rank.parameters.values()} == {torch.bfloat16}
     assert rank.parameters["0.decoder.layers.0.mlp.linear_fc1.weight"].shape == (2 * 25600 // 8, 5120)
+    # Megatron's marks stay on parameters that were made on the meta device, and are lost on those that were moved there
+    (embedding,) = rank.pieces["model.embed_tokens.weight"]
+    assert embedding.parameter.tensor_model_parallel
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta
     assert rank.num_parameters * 2 == sum(info.nbytes for info in rank.parameters.values())
 
 
@@ -102,6 +107,11 @@ def test_the_owned_shares_of_a_buffer_add_up_to_its_parameters(dp: int) -> None:
         (padded,) = {rank.buffers[0].numel for rank in of_stage}
         assert padded % dp == 0 and padded >= of_stage[0].num_parameters
         assert sum(rank.buffers[0].owned for rank in of_stage) == of_stage[0].num_parameters
+
+
+def test_a_shared_embedding_has_a_bucket_of_its_own() -> None:
+    (buffer,) = build_rank(TINY, layout(1, 2), 1, with_buffers=True).buffers
+    assert len(buffer.buckets) == 2 and sum(buffer.buckets) == buffer.numel
 
 
 def test_without_the_distributed_optimizer_every_rank_owns_everything() -> None:
