@@ -78,31 +78,39 @@ def planned_run(
     )
 
 
-def dry_run_lines(config: Config, shape: ModelShape, world_size: int) -> list[str]:
+def this_machine(world_size: int) -> Machine:
+    """The machine of this process; on the CPU with rates of an ordinary core per rank."""
+    import torch
+
+    local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    nodes = max(1, world_size // local)
+    if torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory
+        return Machine(nodes=nodes, gpus_per_node=local, gpu_bytes=size, host_bytes=host_bytes)
+    return Machine(
+        nodes=nodes,
+        gpus_per_node=local,
+        gpu_bytes=host_bytes,
+        host_bytes=host_bytes,
+        peak_flops=CPU_FLOPS,
+        memory_bandwidth=CPU_BANDWIDTH,
+        nvlink_bandwidth=1e9,
+        network_bandwidth=1e9,
+        publish_bandwidth=1e9,
+        storage_bandwidth=5e8,
+    )
+
+
+def dry_run_lines(config: Config) -> list[str]:
     """What a run on this machine will take, in a few lines: memory of its fullest rank and node, time of a step."""
     import torch
 
-    on_host = not torch.cuda.is_available()
-    local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if on_host:
-        machine = Machine(
-            nodes=max(1, world_size // local),
-            gpus_per_node=local,
-            gpu_bytes=host_bytes,
-            host_bytes=host_bytes,
-            peak_flops=CPU_FLOPS,
-            memory_bandwidth=CPU_BANDWIDTH,
-            nvlink_bandwidth=1e9,
-            network_bandwidth=1e9,
-            publish_bandwidth=1e9,
-            storage_bandwidth=5e8,
-        )
-    else:
-        size = torch.cuda.get_device_properties(0).total_memory
-        machine = Machine(
-            nodes=max(1, world_size // local), gpus_per_node=local, gpu_bytes=size, host_bytes=host_bytes
-        )
+    from spear_megatron.model.shape import ModelShape
+
+    shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    machine, on_host = this_machine(world_size), not torch.cuda.is_available()
     rollout = config.actor_rollout_ref.rollout
     engine = EnginePlan(kind="embedded", tp=1, max_num_seqs=rollout.max_num_seqs)
     layout = Layout(megatron=config.actor_rollout_ref.actor.megatron, world_size=world_size)

@@ -67,10 +67,6 @@ def print_plan(config: Config) -> None:
         f"# step: {config.data.train_batch_size} prompts x {config.actor_rollout_ref.rollout.n} samples, "
         f"{config.trainer.total_training_steps} steps, results in {config.trainer.default_local_dir}"
     )
-    from spear_megatron.cli.planning import dry_run_lines
-
-    for line in dry_run_lines(config, shape, world):
-        print(f"# {line}")
 
 
 def save_resolved(config: Config) -> None:

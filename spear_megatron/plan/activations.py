@@ -97,7 +97,7 @@ def _kept_plain(sizes: LayerSizes, selective: bool) -> int:
 
     Two norms; the joint projection (the values are a view of it); normed queries and keys; four tables of the rotary
     embedding; rotated queries and keys, output and log-sum-exp of the attention; the joined output where a micro-batch
-    has several sequences; and 5 F (3 F) of the gated MLP. On CUDA, where torch's norms keep less, this is an upper bound.
+    has several sequences; and 5 F (3 F) of the gated MLP. On CUDA torch's norms keep less: there it is an upper bound.
     """
     b = sizes.itemsize
     per_token = (sizes.queries + 2 * sizes.keys) * b + 4 * sizes.head_dim * b
@@ -113,7 +113,7 @@ def _kept_plain(sizes: LayerSizes, selective: bool) -> int:
 
 
 def _kept_transformer_engine(sizes: LayerSizes, selective: bool) -> int:
-    """Transformer Engine's fused layers with flash attention and a fused SwiGLU (arXiv 2205.05198, appendix A, adapted).
+    """Transformer Engine's fused layers, flash attention and a fused SwiGLU (after arXiv 2205.05198, section 4.1).
 
     Per norm its input and output, 2 H, and a float32 factor; queries, keys and values of the attention, its output and
     log-sum-exp; with head norms their inputs as well; 2 F before and F after the activation. Not measured here.

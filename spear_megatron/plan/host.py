@@ -15,7 +15,7 @@ from spear_megatron.plan.publish import SaveStaging
 from spear_megatron.plan.run import PlannedRun
 from spear_megatron.plan.terms import FP32, Term
 
-PROCESS_BYTES = 3 * GIB
+PROCESS_GIB = {"cuda": 3, "cpu": 1}
 TOKEN_BYTES = 64
 """A sampled token on its leader: ids, mask and log-probs in the trajectory (17 bytes) and again in its row (25), and
 text of the conversation."""
@@ -24,14 +24,15 @@ ModelOfRank = Callable[[int], RankModel]
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """Interpreter, libraries and pinned staging of one process per rank: 3 GiB each, an assumption."""
+    """Interpreter and libraries of one process per rank, with CUDA's pinned memory: 3 GiB each, 1 GiB without; assumed."""
 
     ranks: int
+    device: str
     label: ClassVar[str] = "processes"
 
     @property
     def nbytes(self) -> int:
-        return self.ranks * PROCESS_BYTES
+        return self.ranks * PROCESS_GIB[self.device] * GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +129,13 @@ def host_terms(run: PlannedRun, layout: Layout, node: int, ranks_per_node: int, 
     leaders_here = sum(model.tp_rank == 0 and model.pp_rank == 0 for model in models)
     shape = run.shape
     terms: list[Term] = [
-        Processes(len(ranks)),
-        CheckpointStaging(tuple(SaveStaging(model, layout, run.on_host) for model in models)),
+        Processes(len(ranks), "cpu" if run.on_host else "cuda"),
         ReplayShards(run.replay_bytes, leaders_here, layout.dp),
         Trajectories(run.tokens, leaders_here, layout.dp),
         PublishedTensor(max(map(prod, shape.parameter_shapes().values())) * run.dtype.itemsize, leaders_here),
     ]
+    if not run.on_host:  # there it is counted as a phase of the ranks
+        terms.append(CheckpointStaging(tuple(SaveStaging(model, layout, on_host=False) for model in models)))
     if run.reference:
         weights = sum(info.nbytes for model in models for info in model.parameters.values())
         terms.append(ReferenceWeights(weights))

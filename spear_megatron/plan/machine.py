@@ -22,7 +22,8 @@ class Machine:
         compute_efficiency: of the matrix products of training; communication and pipeline bubbles come on top.
         decode_efficiency: of memory bandwidth and operations while tokens are generated.
         link_efficiency: of the peak rates of links.
-        reserve_bytes: context, NCCL channels and workspaces per GPU. fragmentation: share of the activations lost to it.
+        reserve_bytes: context, NCCL channels and workspaces per GPU.
+        fragmentation: share of the activations that the allocator loses.
     """
 
     nodes: int

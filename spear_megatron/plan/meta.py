@@ -1,4 +1,4 @@
-"""What one rank of any layout holds, from Megatron's own construction on the meta device: no memory, no other process."""
+"""What one rank of any layout holds, from Megatron's own construction on the meta device, in a single process."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def _state(layout: Layout, rank: int) -> ParallelState:
 
 
 def _buffers(chunks: list[torch.nn.Module], layout: Layout, dp_rank: int) -> Iterator[BufferInfo]:
-    """Gradient buffers and the share of the distributed optimizer: equal parts of every bucket by data-parallel rank."""
+    """Gradient buffers; the distributed optimizer gives every data-parallel rank an equal part of every bucket."""
     sharded = layout.megatron.use_distributed_optimizer
     for chunk in chunks:
         for buffer in chunk.buffers:

@@ -30,7 +30,7 @@ PHASES = ("rollout", "old_log_prob", "ref", "update", "step", "publish", "save")
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingBackward:
-    """Dense gradient of the embedding on the first stage, (V / TP) H in the weights' dtype, at the end of a backward."""
+    """Dense gradient of the first stage's embedding, (V / TP) H in the weights' dtype, at the end of a backward."""
 
     columns: int
     hidden: int

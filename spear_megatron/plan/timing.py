@@ -135,10 +135,10 @@ def _data_parallel(run: PlannedRun, layout: Layout, machine: Machine) -> float:
 def rollout_seconds(run: PlannedRun, layout: Layout, machine: Machine, cache_tokens: int = 0) -> float:
     """Time of generating a step's trajectories.
 
-    The requests of an engine run in waves of ``max_num_seqs``, or of as many mean ones as its cache holds. A decoding step reads the engine's weights once and the
-    cache of every request (half of it on average), or computes 2 N per request, whichever takes longer. Tokens of
-    prompts and tool results are computed at the speed of a forward pass. Environments answer in no time. A whole wave
-    is as long as a mean trajectory: stragglers are not in it.
+    The requests of an engine run in waves of ``max_num_seqs``, or of as many mean ones as its cache holds. A decoding
+    step reads the engine's weights once and the cache of every request (half of it on average), or computes 2 N per
+    request, whichever takes longer. Tokens of prompts and tool results are computed at the speed of a forward pass.
+    Environments answer in no time. A wave is as long as a mean trajectory: stragglers are not in it.
     """
     shape, engine = run.shape, run.engine
     weights = 2 * shape.num_parameters()
