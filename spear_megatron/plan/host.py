@@ -24,7 +24,7 @@ ModelOfRank = Callable[[int], RankModel]
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """Interpreter and libraries of one process per rank, with CUDA's pinned memory: 3 GiB each, 1 GiB without; assumed."""
+    """Interpreter and libraries of one process per rank: 3 GiB each with CUDA, 1 GiB without; an assumption."""
 
     ranks: int
     device: str

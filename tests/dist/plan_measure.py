@@ -24,7 +24,7 @@ class Case:
     vpp: int | None = None
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
-    recompute: bool = False
+    recompute: bool | str = False
     bf16: bool = False
     length: int = 129
     rows: int = 8
@@ -101,6 +101,8 @@ def _tensors(row: Row) -> list[torch.Tensor]:
 
 def predict(folder: str, case: Case, rank: int) -> dict[str, list[tuple[str, int]]]:
     """(label, bytes) of the planner's terms by phase."""
+    from train_step import RECOMPUTE
+
     from spear_megatron.model.shape import ModelShape
     from spear_megatron.parallel.config import MegatronConfig
     from spear_megatron.plan.layout import Layout
@@ -109,11 +111,6 @@ def predict(folder: str, case: Case, rank: int) -> dict[str, list[tuple[str, int
     from spear_megatron.plan.workload import Workload
 
     shape = ModelShape.from_folder(folder)
-    recompute: dict[str, Any] = (
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        if case.recompute
-        else {}
-    )
     layout = Layout(
         megatron=MegatronConfig(
             tensor_model_parallel_size=case.tp,
@@ -121,7 +118,7 @@ def predict(folder: str, case: Case, rank: int) -> dict[str, list[tuple[str, int
             virtual_pipeline_model_parallel_size=case.vpp,
             sequence_parallel=case.sequence_parallel,
             use_distributed_optimizer=case.distributed_optimizer,
-            **recompute,
+            **RECOMPUTE[case.recompute],
         ),
         world_size=case.world_size,
     )

@@ -4,54 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import pytest
 import torch
+from planned import FULL, MACHINE, RUN, SMALL, layout
 from qwen_sizes import QWEN3_32B, TINY
 
-from spear_megatron.parallel.config import MegatronConfig
 from spear_megatron.plan.activations import in_flight
 from spear_megatron.plan.assess import assess, model_of, rank_kinds
 from spear_megatron.plan.engine import EngineWeights, KVCache
 from spear_megatron.plan.layout import Layout
 from spear_megatron.plan.machine import GIB, Machine
 from spear_megatron.plan.rank import total
-from spear_megatron.plan.run import EnginePlan, PlannedRun
+from spear_megatron.plan.run import EnginePlan
 from spear_megatron.plan.search import layouts, propose
 from spear_megatron.plan.timing import estimate, forward_flops
-
-MACHINE = Machine(nodes=16, gpus_per_node=8)
-RUN = PlannedRun(
-    shape=QWEN3_32B,
-    engine=EnginePlan(tp=4, max_num_seqs=64),
-    prompts=128,
-    samples=16,
-    mini_batch_prompts=32,
-    epochs=1,
-    mean_tokens=9000,
-    max_tokens=18432,
-    sampled_share=0.7,
-    micro_batch_tokens=18432,
-    max_logits_bytes=2 << 30,
-)
-SMALL = replace(
-    RUN, shape=TINY, prompts=8, samples=4, mini_batch_prompts=4, mean_tokens=50, max_tokens=100, micro_batch_tokens=128
-)
-
-
-def layout(tp: int, pp: int, dp: int, vpp: int | None = None, **options: Any) -> Layout:
-    sizes: dict[str, Any] = {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "virtual_pipeline_model_parallel_size": vpp,
-        "sequence_parallel": tp > 1,
-    }
-    return Layout(megatron=MegatronConfig(**sizes | options), world_size=tp * pp * dp)
-
-
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-
 
 def most_outstanding(warm_up: int, passes: int) -> int:
     """Largest number of forward passes without their backward in warm-up, one forward one backward, cool-down."""
