@@ -18,8 +18,7 @@ class LayerSizes:
 
     Attributes:
         hidden: H; queries, keys: columns of the query and of the key projection on this rank; mlp: F / TP.
-        heads, key_heads: of attention, on this rank.
-        groups: key/value groups on this rank.
+        heads: of the queries; groups: key/value heads, both on this rank.
         itemsize: bytes of one activation element.
         tokens: T, of one micro-batch. cut_tokens: T / TP under sequence parallelism, else T.
         packed: whether a micro-batch holds several sequences.
@@ -32,7 +31,6 @@ class LayerSizes:
     keys: int
     mlp: int
     heads: int
-    key_heads: int
     groups: int
     head_dim: int
     itemsize: int
@@ -55,7 +53,6 @@ class LayerSizes:
             keys=groups * shape.head_dim,
             mlp=shape.intermediate_size // tp,
             heads=shape.num_attention_heads // tp,
-            key_heads=groups,
             groups=groups,
             head_dim=shape.head_dim,
             itemsize=itemsize,
@@ -104,7 +101,7 @@ def _kept_plain(sizes: LayerSizes, selective: bool) -> int:
     if sizes.qk_norm:
         copied = sizes.groups > 1 or b < FP32  # a single group's queries are a view of the joint projection
         per_token += FP32 * sizes.queries * copied + b * sizes.queries + FP32 * sizes.heads
-        per_token += FP32 * sizes.keys * (b < FP32) + b * sizes.keys + FP32 * sizes.key_heads
+        per_token += FP32 * sizes.keys * (b < FP32) + b * sizes.keys + FP32 * sizes.groups
     per_token += (2 * sizes.queries + sizes.keys) * b
     if not selective:
         per_token += FP32 * sizes.heads + sizes.queries * b * sizes.packed
@@ -122,7 +119,7 @@ def _kept_transformer_engine(sizes: LayerSizes, selective: bool) -> int:
     norms = 2 * sizes.cut_tokens * (2 * sizes.hidden * b + FP32)
     per_token = (2 * sizes.queries + 2 * sizes.keys) * b + 3 * sizes.mlp * b
     if sizes.qk_norm:
-        per_token += (sizes.queries + sizes.keys) * b + FP32 * (sizes.heads + sizes.key_heads)
+        per_token += (sizes.queries + sizes.keys) * b + FP32 * (sizes.heads + sizes.groups)
     if not selective:
         per_token += FP32 * sizes.heads
     return norms + sizes.tokens * per_token
@@ -184,6 +181,7 @@ class LayerActivations:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         layers, megatron = self.layers_per_chunk, self.layout.megatron
         if not self.group:
             return self.passes * (layers * self.of_layer + self._received)

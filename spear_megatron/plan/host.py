@@ -112,6 +112,7 @@ class EmbeddedEngines:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         shape = self.run.shape
         cache = self.run.engine.max_num_seqs * self.run.max_tokens * kv_bytes_per_token(shape, 1, FP32)
         return self.leaders_here * (FP32 * shape.num_parameters() + cache)

@@ -28,6 +28,7 @@ class SyncBuffers:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         shapes = self.shape.parameter_shapes()
         own = max(prod(shapes[name]) for name in self._gathered) * self.itemsize
         first = self.model.tp_rank == 0
@@ -63,6 +64,7 @@ class SaveStaging:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         buffers = self.model.buffers
         if not self.layout.megatron.use_distributed_optimizer:
             return 0 if self.model.dp_rank else self._halves

@@ -9,7 +9,6 @@ from typing import ClassVar, Protocol
 from spear_megatron.plan.meta import BufferInfo, RankModel
 
 FP32 = 4
-GIB = 1 << 30
 
 
 class Term(Protocol):
@@ -37,6 +36,7 @@ class Parameters:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         buffers = self.model.buffers
         if buffers and all(buffer.holds_parameters for buffer in buffers):
             return sum(buffer.numel * buffer.param_itemsize for buffer in buffers)
@@ -90,6 +90,7 @@ class OptimizerWorkspace:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         if self.implementation == "single":
             return 2 * FP32 * max((buffer.largest_owned for buffer in self.buffers), default=0)
         if self.implementation == "foreach":

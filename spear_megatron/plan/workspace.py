@@ -74,6 +74,7 @@ class HeadForward:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         sizes = self.head.sizes
         inputs = 2 * sizes.hidden_bytes + self.head.rows * sizes.hidden * sizes.itemsize
         return inputs + self.head.logits + self.head.temporaries + LOSS_VECTORS * FP32 * sizes.tokens
@@ -88,6 +89,7 @@ class HeadKept:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         sizes = self.head.sizes
         inputs = kept_by_norm(sizes) + self.head.rows * sizes.hidden * sizes.itemsize
         logits = self.head.logits if self.head.keeps_logits else 0
@@ -107,6 +109,7 @@ class HeadBackward:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         head, sizes = self.head, self.head.sizes
         stand_in = head.columns * sizes.hidden * sizes.itemsize
         inputs = head.rows * sizes.hidden
@@ -129,6 +132,7 @@ class LayerBackward:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         s, b = self.sizes, self.sizes.itemsize
         incoming = s.hidden_bytes + (s.tokens * s.hidden * b if s.cut_tokens < s.tokens else 0)
         freed = s.mlp_kept
@@ -151,6 +155,7 @@ class LayerForward:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         s, b = self.sizes, self.sizes.itemsize
         mlp = s.mlp_kept * s.mlp
         attention = 5 * s.queries + 4 * s.keys
@@ -170,6 +175,7 @@ class Communication:
 
     @property
     def nbytes(self) -> int:
+        """Bytes, by the formula of the class."""
         s = self.sizes
         gathered = s.tokens * s.hidden * s.itemsize if s.cut_tokens < s.tokens else 0
         return gathered + 2 * s.hidden_bytes * self.pipeline

@@ -20,6 +20,7 @@ from spear_megatron.plan.run import EnginePlan
 from spear_megatron.plan.search import layouts, propose
 from spear_megatron.plan.timing import estimate, forward_flops
 
+
 def most_outstanding(warm_up: int, passes: int) -> int:
     """Largest number of forward passes without their backward in warm-up, one forward one backward, cool-down."""
     order = ["f"] * min(warm_up, passes)
