@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 SGLANG_VENV ?= .venv-sglang
 
-.PHONY: setup sglang-server cuda gpu-check quickstart test test-fast layouts kill-demo bench study docs clean bench-kernels
+.PHONY: setup sglang-server cuda gpu-check quickstart test test-fast layouts plan-error kill-demo bench bench-kernels study \
+	docs clean
 
 setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
 
@@ -40,6 +41,9 @@ test-fast: setup sglang-server  ## the first minutes' worth of tests
 
 layouts: setup  ## one step and three loop steps on every parallel layout, as a table
 	PYTHONWARNINGS=ignore $(BIN)/python tools/layouts.py
+
+plan-error: setup  ## the planner's memory against live tensor bytes, tiny and 100M-parameter models, as a table
+	PYTHONWARNINGS=ignore $(BIN)/python tools/plan_error.py
 
 kill-demo: setup  ## kill a run inside a save, resume it, compare hashes
 	PYTHONWARNINGS=ignore $(BIN)/python tools/kill_test.py --demo

@@ -15,6 +15,7 @@ COMMANDS = {
     "sft": "fine-tune on conversations",
     "evaluate": "measure success rates on held-out tasks",
     "convert": "convert between Hugging Face and Megatron checkpoints",
+    "plan": "estimate memory and step time, and propose a layout",
     "view": "show the trajectories that a run kept",
     "plot": "draw the curves of one or several runs",
     "chat": "talk to a trained agent",

@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from spear_megatron.config.schema import Config
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options ``--config``, ``--dry-run`` and ``key=value``."""
+def add_config_arguments(parser: argparse.ArgumentParser, *, dry_run: bool = True) -> None:
+    """Options ``--config``, ``--dry-run`` (for commands that do something) and ``key=value``."""
     parser.add_argument("--config", help="YAML file that overrides the defaults")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved configuration")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override one key, e.g. trainer.seed=1")
 
 

@@ -27,7 +27,11 @@ def run(args: argparse.Namespace) -> int:
     check_agents(config)
     print_warnings(config)
     if args.dry_run:
+        from spear_megatron.cli.planning import dry_run_lines
+
         print_plan(config)
+        for line in dry_run_lines(config):
+            print(f"# {line}")
         return 0
     from spear_megatron.cli.build import open_run
     from spear_megatron.cli.session import StopFlag

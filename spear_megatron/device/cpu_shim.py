@@ -1,4 +1,4 @@
-"""Lets megatron-core run without CUDA: the only place that replaces names of other packages, and only for a while."""
+"""Lets megatron-core run without CUDA, or without memory: the only place that replaces names of other packages."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _FACTORIES = (
     "tensor", "empty", "zeros", "ones", "full", "arange",
     "empty_like", "zeros_like", "ones_like", "full_like", "rand", "randn", "randint",
 )  # fmt: skip
+_FRESH = {"empty", "zeros", "ones", "full"}  # what Megatron makes weights of
 _active = 0
 
 
@@ -26,32 +27,58 @@ def megatron_on_cpu() -> Iterator[None]:
     activation recomputation saves and restores). Everything that builds, runs or saves a Megatron model belongs
     inside it. May be nested; the names are process-wide, so other threads see them too.
     """
-    global _active
     if torch.cuda.is_available() or _active:
-        _active += 1
-        try:
+        with _counted():
             yield
-        finally:
-            _active -= 1
         return
+    with _replaced("cpu"), _counted():
+        yield
+
+
+@contextmanager
+def megatron_without_storage() -> Iterator[None]:
+    """While active, what Megatron builds has shapes and dtypes but no memory: every tensor is on the meta device.
+
+    Serves to count what a rank of any layout holds, with or without CUDA: what would be created on the GPU, and weights
+    that name no device, come to the meta device. Contexts of ``megatron_on_cpu`` inside it do nothing.
+
+    Raises:
+        RuntimeError: called inside ``megatron_on_cpu``.
+    """
+    if _active:
+        raise RuntimeError("megatron_without_storage must be the outermost context, leave megatron_on_cpu first")
+    with _replaced("meta"), _counted():
+        yield
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    global _active
+    _active += 1
+    try:
+        yield
+    finally:
+        _active -= 1
+
+
+@contextmanager
+def _replaced(device: str) -> Iterator[None]:
     with ExitStack() as stack:
-        for target, name, replacement in _replacements():
+        for target, name, replacement in _replacements(device):
             stack.enter_context(mock.patch.object(target, name, replacement))
-        _active += 1
-        try:
-            yield
-        finally:
-            _active -= 1
+        yield
 
 
-def _replacements() -> list[tuple[Any, str, Any]]:
+def _replacements(device: str) -> list[tuple[Any, str, Any]]:
     from megatron.core.tensor_parallel import random as megatron_random
 
-    table: list[tuple[Any, str, Any]] = [(torch, name, _on_cpu(getattr(torch, name))) for name in _FACTORIES]
+    table: list[tuple[Any, str, Any]] = [(torch, name, _moved(getattr(torch, name), device)) for name in _FACTORIES]
+    if device == "meta":
+        table += [(torch, name, _moved(getattr(torch, name), device, default=True)) for name in _FRESH]
     table += [
         (torch.Tensor, "cuda", _identity),
         (torch.Tensor, "type", _cuda_type(torch.Tensor.type)),
-        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "current_device", lambda: torch.device(device)),
         (torch.cuda, "is_initialized", lambda: False),
         (torch.cuda, "synchronize", lambda device=None: None),
         (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
@@ -66,12 +93,16 @@ def _identity(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
 
 
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _moved(
+    factory: Callable[..., torch.Tensor], device: str, *, default: bool = False
+) -> Callable[..., torch.Tensor]:
+    """``factory`` that answers a wish for CUDA, and with ``default`` no wish, on ``device``."""
+
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
-        device = kwargs.get("device")
-        if device is not None and (device == "cuda" or str(device).startswith("cuda")):
-            kwargs["device"] = "cpu"
+        wanted = kwargs.get("device")
+        if (wanted is None and default) or (wanted is not None and str(wanted).startswith("cuda")):
+            kwargs["device"] = device
             kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 

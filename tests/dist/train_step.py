@@ -14,9 +14,17 @@ TEMPERATURE = 0.8
 MAX_RESPONSE_LENGTH = 40
 
 
+RECOMPUTE: dict[bool | str, dict[str, Any]] = {
+    False: {},
+    True: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+    "selective": {"recompute_granularity": "selective"},
+}
+
+
 @dataclass(frozen=True)
 class Layout:
-    """A way to run one step; ``max_tokens`` decides the packing."""
+    """A way to run one step; ``max_tokens`` decides the packing, ``recompute`` is a key of RECOMPUTE."""
 
     name: str
     world_size: int = 1
@@ -26,7 +34,7 @@ class Layout:
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
     max_tokens: int = 128
-    recompute: bool = False
+    recompute: bool | str = False
     cp: int = 1
 
 
@@ -116,9 +124,7 @@ def build_actor(
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         use_distributed_optimizer=layout.distributed_optimizer,
-        recompute_granularity="full" if layout.recompute else None,
-        recompute_method="uniform" if layout.recompute else None,
-        recompute_num_layers=1 if layout.recompute else None,
+        **RECOMPUTE[layout.recompute],
     )
     parallel = initialize(layout.tp, layout.pp, cp=layout.cp, vpp=layout.vpp, timeout_s=60)
     optim = OptimConfig(lr=lr, lr_warmup_steps=2, lr_decay_style="cosine", weight_decay=0.1, clip_grad=1.0)

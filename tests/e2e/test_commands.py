@@ -168,6 +168,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(
     resolved = load(Config, tmp_path / "plan.yaml")
     assert resolved.trainer.seed == 7 and resolved.data.max_response_length == 64
     assert "1 ranks = tensor 1 x pipeline 1 x data 1" in plan
+    assert ("# memory: " in plan and "# estimated step " in plan) == (name == "train")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
 
 

@@ -1,0 +1,145 @@
+"""``plan``: memory of every kind of rank, time of a step, and the layouts that suit the model and the cluster."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from spear_megatron.cli.common import add_config_arguments, load_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from spear_megatron.plan.assess import Assessment
+    from spear_megatron.plan.machine import Machine
+    from spear_megatron.plan.search import Proposals
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``plan`` to ``parser``."""
+    add_config_arguments(parser, dry_run=False)
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of the trainer (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="default: 8")
+    parser.add_argument("--gpu-memory-gb", type=float, default=80.0, help="GiB of one GPU (default: 80)")
+    parser.add_argument("--host-memory-gb", type=float, default=1024.0, help="GiB of one node (default: 1024)")
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak of a GPU (default: 989)")
+    parser.add_argument("--compute-efficiency", type=float, default=0.5, help="share of it that training reaches")
+    parser.add_argument(
+        "--layers", choices=("plain", "transformer_engine"), default="plain",
+        help="which layers and Adam to count (default: plain, which takes more memory)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--engine", choices=("colocated", "separate", "embedded"), default="colocated",
+        help="where tokens are generated: on the trainer's GPUs, on nodes of their own, or in process on the host",
+    )  # fmt: skip
+    parser.add_argument("--engine-tp", type=int, default=4, help="GPUs of one engine (default: 4)")
+    parser.add_argument("--engine-nodes", type=int, default=0, help="further nodes for separate engines")
+    parser.add_argument("--engine-keeps-memory", action="store_true", help="a colocated engine never frees its memory")
+    parser.add_argument("--mean-tokens", type=int, help="of a trajectory; default: half of the longest")
+    parser.add_argument("--sampled-share", type=float, default=0.7, help="of a trajectory's tokens (default: 0.7)")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts to propose; 0 does not search")
+    parser.add_argument("--json", metavar="FILE", help="write everything as JSON")
+    parser.add_argument("--picture", metavar="FILE.png", help="draw the memory of every rank and phase")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan of the configured layout and the proposals; fails when the configured layout does not fit."""
+    from pathlib import Path
+
+    from spear_megatron.parallel.errors import RunError
+    from spear_megatron.plan.report import save_picture
+
+    if args.picture is not None and Path(args.picture).suffix.lower() != ".png":
+        raise ValueError(f"--picture writes PNG files, got {args.picture}: give a name that ends in .png")
+    if args.top < 0:
+        raise ValueError(f"--top must not be negative, got {args.top}")
+    found, machine, proposals = _plan(args)
+    _print(found, machine, proposals)
+    if args.json is not None:
+        _write_json(Path(args.json), found, machine, proposals)
+    if args.picture is not None:
+        print(f"picture: {save_picture(found, machine, Path(args.picture))}")
+    if found.shortages:
+        raise RunError(f"the plan does not fit: {found.shortages[0].describe()}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> tuple[Assessment, Machine, Proposals | None]:
+    from spear_megatron.cli.planning import planned_run
+    from spear_megatron.config.checks import check_config
+    from spear_megatron.model.shape import ModelShape
+    from spear_megatron.plan.assess import assess
+    from spear_megatron.plan.layout import Layout
+    from spear_megatron.plan.machine import GIB, Machine
+    from spear_megatron.plan.run import EnginePlan
+    from spear_megatron.plan.search import propose
+
+    config = load_config(args)
+    path = config.actor_rollout_ref.model.path
+    if not path:
+        raise ValueError("actor_rollout_ref.model.path is not set: give a folder with the model's config.json")
+    shape = ModelShape.from_folder(path)
+    machine = Machine(
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        gpu_bytes=int(args.gpu_memory_gb * GIB),
+        host_bytes=int(args.host_memory_gb * GIB),
+        peak_flops=args.peak_tflops * 1e12,
+        compute_efficiency=args.compute_efficiency,
+    )
+    engine = EnginePlan(
+        kind=args.engine,
+        tp=args.engine_tp,
+        nodes=args.engine_nodes,
+        sleeps=not args.engine_keeps_memory,
+        max_num_seqs=config.actor_rollout_ref.rollout.max_num_seqs,
+    )
+    check_config(config, shape, world_size=machine.num_gpus)
+    planned = planned_run(
+        config,
+        shape,
+        engine,
+        transformer_engine=args.layers == "transformer_engine",
+        mean_tokens=args.mean_tokens,
+        sampled_share=args.sampled_share,
+    )
+    layout = Layout(megatron=config.actor_rollout_ref.actor.megatron, world_size=machine.num_gpus)
+    found = assess(planned, layout, machine)
+    proposals = propose(planned, machine, machine.num_gpus, keep=args.top) if args.top else None
+    return found, machine, proposals
+
+
+def _print(found: Assessment, machine: Machine, proposals: Proposals | None) -> None:
+    from rich.console import Console
+
+    from spear_megatron.plan.report import (
+        assumption_lines,
+        host_table,
+        memory_table,
+        proposals_table,
+        terms_table,
+        time_lines,
+    )
+
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
+    tables = [memory_table(found, machine), terms_table(found), host_table(found, machine)]
+    if proposals is not None:
+        tables.append(proposals_table(proposals))
+    for table in tables:
+        console.print(table)
+    for line in (*time_lines(found), *(f"assumed: {line}" for line in assumption_lines(found, machine))):
+        console.print(line)
+    for shortage in found.shortages:
+        console.print(f"does not fit: {shortage.describe()}")
+
+
+def _write_json(path: Path, found: Assessment, machine: Machine, proposals: Proposals | None) -> None:
+    import json
+
+    from spear_megatron.observability.files import write_atomically
+    from spear_megatron.plan.report import as_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(as_json(found, machine, proposals), indent=1) + "\n").encode())
+    print(f"plan: {path}")
