@@ -74,12 +74,13 @@ def explain(error: Exception) -> int:
         Exception: ``error`` itself, when only a traceback can tell more.
     """
     from spear_megatron.parallel.errors import RunError, lost_a_peer
+    from spear_megatron.rollout.engine import EngineError
 
     text = " ".join(str(error).split())
     files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
     if isinstance(error, (ValueError, *files)):
         return complain(f"error: {text}", 2)
-    if isinstance(error, RunError):
+    if isinstance(error, (RunError, EngineError)):
         return complain(f"error: {text}", 1)
     if lost_a_peer(error):
         return complain("error: the connection to another rank broke; the message of that rank says why", 1)

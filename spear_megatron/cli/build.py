@@ -115,6 +115,7 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
         optim = config.actor_rollout_ref.actor.optim
         actor, reference = build_actor(config, parallel, shape, optim, num_optimizer_steps(config))
         publishing = Publishing(
+            parallel,
             agents.servers,
             stack.enter_context(open_publish(config, actor, shape, parallel, agents)),
             shared_gpus(config, parallel, agents.servers, actor.optimizer),
@@ -140,6 +141,7 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
             to_training=publishing.to_training,
         )
         run = Run(parts=parts, settings=step_settings(config), trainer=config.trainer, algorithm=config.algorithm)
+        publishing.to_training()  # servers on the same GPUs make room for the optimizer's states of a checkpoint
         resume_step = run.restore()
         recorder = stack.enter_context(open_record(config, parallel, resume_step))
         trajectories = _open_trajectories(config, parallel, renderer, resume_step)

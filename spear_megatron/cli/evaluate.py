@@ -82,6 +82,7 @@ def evaluate_folder(config: Config, out: Path) -> None:
     from spear_megatron.evaluation.run import evaluate
     from spear_megatron.model.shape import ModelShape
     from spear_megatron.observability.trajectories import TrajectoryStore
+    from spear_megatron.parallel.agreement import agreed
     from spear_megatron.rollout.collect import Tasks
 
     model = config.actor_rollout_ref.model.path
@@ -90,7 +91,8 @@ def evaluate_folder(config: Config, out: Path) -> None:
     val = config.actor_rollout_ref.rollout.val_kwargs
     with open_parallel(config) as parallel, open_agents(config, parallel, renderer, shape) as agents:
         assert agents.engine is not None
-        load_engine(agents.engine, model, shape)
+        with agreed(parallel, "loading of the weights"):  # all wait: servers that they share must have them first
+            load_engine(agents.engine, model, shape)
         _, sampling = samplings(config)
         result = evaluate(
             agents.collector,

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from spear_megatron.config.schema import Config
 from spear_megatron.model.shape import ModelShape
+from spear_megatron.parallel.agreement import agree_ok
 from spear_megatron.parallel.state import ParallelState
+from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang.colocation import SharedGpus
 from spear_megatron.rollout.sglang.command import ServerSpec
 from spear_megatron.rollout.sglang.fleet import restore_from_disk
@@ -75,11 +77,13 @@ class Publishing:
     """Publications with all that goes with them.
 
     Attributes:
+        parallel: coordinates of this rank.
         servers: those of the run; the fleet of this rank learns which weights are out.
         send: gives every server the weights of a version, and says which took them. Collective.
         gpus: the turns of trainer and servers, where they share GPUs.
     """
 
+    parallel: ParallelState
     servers: Servers
     send: Callable[[int], Published | None]
     gpus: SharedGpus | None
@@ -90,14 +94,25 @@ class Publishing:
         with contextlib.ExitStack() as stack:
             if self.gpus is not None:
                 stack.enter_context(self.gpus.publishing())
+            agree_ok(self.parallel, "waiting for SGLang servers that are being replaced", self._await_servers())
             if fleet is not None:
-                fleet.wait_reachable(fleet.longest_outage_s)
                 stack.enter_context(fleet.quiet())
             outcome = self.send(version)
             if fleet is not None and outcome is not None:
                 restore = None if outcome.folder is None else restore_from_disk(outcome.folder, version)
                 fleet.took(version, outcome.fresh, outcome.stale, restore)
             return outcome
+
+    def _await_servers(self) -> str | None:
+        """Wait for servers that are just being replaced; why none came."""
+        fleet = self.servers.fleet
+        if fleet is None:
+            return None
+        try:
+            fleet.wait_reachable(fleet.longest_outage_s)
+        except EngineError as error:
+            return str(error)
+        return None
 
     def to_training(self) -> None:
         """Generation is over until the next publication."""

@@ -98,7 +98,7 @@ def copy_companions(source_folder: str | Path, out_dir: str | Path) -> None:
             shutil.copyfile(source / name, out / name)
     for name in _COMPANION_FOLDERS:
         if (source / name).is_dir():
-            shutil.copytree(source / name, out / name)
+            shutil.copytree(source / name, out / name, dirs_exist_ok=True)
 
 
 def _write(

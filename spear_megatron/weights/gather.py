@@ -66,6 +66,8 @@ class BucketGatherer:
     def gather(self, bucket: Bucket) -> torch.Tensor | None:
         """The bucket's bytes (uint8, from the pool: give them back) on the leader, None on the other ranks."""
         parallel = self._parallel
+        if parallel.cp_rank:  # the ranks of every other part of the sequences hold the same weights and gather them
+            return None
         runs = [list(run) for _, run in itertools.groupby(bucket.entries, key=lambda entry: self._stages[entry.name])]
         own = [entry for entry in bucket.entries if self._stages[entry.name] == parallel.pp_rank]
         if parallel.tp_rank:

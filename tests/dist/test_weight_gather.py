@@ -17,6 +17,7 @@ LAYOUTS = {
     "PP2, VPP2": (2, 1, 2, 2, {"num_layers": 8}),
     "DP2": (2, 1, 1, None, {}),
     "TP2, few groups": (2, 2, 1, None, {"num_key_value_heads": 1, "tie_word_embeddings": False}),
+    "CP2 x PP2": (4, 1, 2, None, {"cp": 2}),
     "TP2 x DP2": (4, 2, 1, None, {"tie_word_embeddings": False}),
 }
 
@@ -34,11 +35,15 @@ def gather_on_rank(folder: str, out: str, layout: Any, dtype: torch.dtype, limit
     from spear_megatron.weights.plan import plan_sync
     from spear_megatron.weights.stream import stream_buckets
 
-    _, tp, pp, vpp, _ = layout
-    parallel = initialize(tp=tp, pp=pp, vpp=vpp, timeout_s=60)
+    _, tp, pp, vpp, options = layout
+    cp = options.get("cp", 1)
+    parallel = initialize(tp=tp, pp=pp, vpp=vpp, cp=cp, timeout_s=60)
     shape = ModelShape.from_folder(folder)
     megatron = MegatronConfig(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
     )
     chunks = build_model(shape, megatron, dtype=dtype, parallel=parallel)
     load_hf_folder(chunks, shape, folder, parallel)
@@ -64,7 +69,7 @@ def gather_on_rank(folder: str, out: str, layout: Any, dtype: torch.dtype, limit
 def test_gathered_bytes_are_the_exports_and_memory_is_bounded(name: str, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
     dtype = torch.bfloat16 if name == "TP2 x PP2" else torch.float32
-    folder = make_tiny_hf(tmp_path / "model", **layout[-1])
+    folder = make_tiny_hf(tmp_path / "model", **{key: value for key, value in layout[-1].items() if key != "cp"})
     limit = 8192  # the embedding is larger in float32
     results = run_ranks(gather_on_rank, layout[0], str(folder), str(tmp_path / "out"), layout, dtype, limit)
     expected = load_file(tmp_path / "out" / "model.safetensors")

@@ -253,6 +253,13 @@ def test_weights_on_disk_are_whole_and_old_versions_go(folder: str, tmp_path: Pa
         assert weights.files.keys() == shape.parameter_shapes().keys()
 
 
+def test_weights_of_a_course_that_was_left_do_not_displace_new_ones(folder: str, tmp_path: Path) -> None:
+    for version in (8, 9):
+        (tmp_path / f"version_{version:08d}").mkdir()
+    assert run_ranks(_to_disk, 1, folder, str(tmp_path), True) == [True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version_00000002", "version_00000003"]
+
+
 def test_leaders_that_do_not_share_the_folder_are_told(folder: str, tmp_path: Path) -> None:
     messages = run_ranks(_to_disk, 2, folder, str(tmp_path), False)
     assert messages[0] == messages[1] and "sglang.weights.folder must be one folder" in messages[0]

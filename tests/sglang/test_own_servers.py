@@ -97,7 +97,7 @@ def test_a_step_completes_though_one_of_two_servers_is_killed_in_it(tiny_folder:
                 engine.update_weights(((name, weights.read(name)) for name in shape.parameter_shapes()), version)
             return Published(version, agents.servers.urls, {}, resends=0, num_bytes=0, peak_bytes=0)
 
-        publishing = Publishing(agents.servers, send, None)
+        publishing = Publishing(parallel, agents.servers, send, None)
         publishing.publish(3)
         assert len(fleet.serving()) == 2
 

@@ -405,16 +405,24 @@ def test_a_server_restarted_without_weights_is_noticed() -> None:
     run(body)
 
 
-def test_an_engine_that_does_not_send_waits_for_the_one_that_does() -> None:
+def test_an_engine_that_does_not_send_leaves_it_to_the_one_that_does() -> None:
     async def body() -> None:
-        settings = dataclasses.replace(QUICK, control_timeout_s=0.5)
         async with FakeSGLang() as server:
-            async with engine_of(server) as first, engine_of(server, settings=settings, sends_weights=False) as second:
-                with pytest.raises(EngineError, match="has weights 'default', not version 2, after 0.5 s"):
-                    await asyncio.to_thread(second.update_weights, weights(), 2)
+            async with engine_of(server) as first, engine_of(server, sends_weights=False) as second:
                 await asyncio.to_thread(first.update_weights, weights(), 2)
                 await asyncio.to_thread(second.update_weights, weights(), 2)
                 assert server.events.count("update_weights_from_tensor") == 1 and second.version == 2
+
+    run(body)
+
+
+def test_a_server_that_is_not_there_does_not_stop_the_others() -> None:
+    async def body() -> None:
+        async with FakeSGLang() as gone:
+            pass
+        async with FakeSGLang() as server, engine_of(server, gone) as engine:
+            results = await asyncio.gather(*(engine.generate(ask(f"1-0-{i}/0/0")) for i in range(3)))
+            assert len(results) == 3 and len(server.received) == 3
 
     run(body)
 

@@ -21,6 +21,7 @@ FIRST_VERSION = (0, 5, 15)
 FIRST_VERSION_WITH_SESSIONS = (0, 5, 21)
 _POLL_S = 0.25
 _QUICK_S = 10.0
+_LEAVE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,8 @@ class ControlClient:
 
     def destroy_group(self, name: str) -> None:
         """Leave a process group for weights."""
-        self._update("/destroy_weights_update_group", {"group_name": name})
+        timeout_s = min(self._timeout_s, _LEAVE_S)  # a hung server must not hold up the ranks that wait
+        self._update("/destroy_weights_update_group", {"group_name": name}, timeout_s=timeout_s)
 
     def prompt_log_probs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log_softmax(logits) of every token of every prompt but its first, at temperature 1, without generating."""

@@ -19,8 +19,8 @@ from spear_megatron.rollout.sglang.config import SGLangConfig
 from spear_megatron.rollout.sglang.control import ControlClient, PauseMode
 from spear_megatron.rollout.sglang.pool import ServerPool
 from spear_megatron.rollout.sglang.protocol import Completion, ProtocolError, make_rid, session_of
-from spear_megatron.rollout.sglang.push import await_label, checked, push_weights
-from spear_megatron.rollout.sglang.servers import check_server
+from spear_megatron.rollout.sglang.push import checked, push_weights
+from spear_megatron.rollout.sglang.servers import check_model, check_server
 from spear_megatron.rollout.sglang.stats import EngineStats
 from spear_megatron.rollout.validate import check_request
 
@@ -161,6 +161,8 @@ class SGLangEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace every weight on every server (Hugging Face names, full tensors). Running requests wait and go on.
 
+        Engines that share servers must wait for one another before they generate.
+
         Raises:
             ValueError: a name is missing, unknown or double, or a shape does not fit; names it. The engine then refuses
                 to generate until an update succeeds.
@@ -173,6 +175,8 @@ class SGLangEngine:
         controls = [ControlClient(url, timeout_s=timeout_s) for url in self._servers]
         try:
             if self._sends_weights:
+                for control in controls:  # before anything is sent: a tensor of another shape kills a server
+                    check_model(control.url, control.server_info().model_path, self._shape)
                 size = self._settings.max_bucket_mb << 20
                 push_weights(
                     controls, named_tensors, self._shape, version, max_bucket_bytes=size, idle_timeout_s=timeout_s
@@ -180,7 +184,6 @@ class SGLangEngine:
             else:
                 for _ in checked(named_tensors, self._shape):
                     pass  # the gather behind the iterator is a collective
-                await_label(controls, version, timeout_s=timeout_s)
         finally:
             for control in controls:
                 control.close()
@@ -229,7 +232,14 @@ class SGLangEngine:
             self._watch = asyncio.create_task(self._pool.watch(), name="sglang-health")
 
     async def _check_servers(self) -> None:
-        await asyncio.gather(*(check_server(client, self._shape, self._max_model_len) for client in self._direct))
+        checks = (check_server(client, self._shape, self._max_model_len) for client in self._direct)
+        found = await asyncio.gather(*checks, return_exceptions=True)
+        failed = {client: error for client, error in zip(self._direct, found, strict=True) if error is not None}
+        for error in failed.values():
+            if not isinstance(error, EngineError) or len(failed) == len(self._direct):
+                raise error
+        for client, error in failed.items():
+            client.mark_down(str(error))  # its health check brings it back
 
     async def _complete(self, request: GenerateRequest, active: _Active) -> GenerateResult:
         """The request's tokens, over as many answers as the server's own end tokens split it into."""
@@ -244,7 +254,6 @@ class SGLangEngine:
                 sampling=replace(sampling, max_new_tokens=sampling.max_new_tokens - len(ids)),
             )
             part = await self._with_retries(rest, active)
-            self._require_versions(part, active)
             ids, log_probs = ids + part.output_ids, log_probs + part.log_probs
             versions += part.policy_versions
             finish = part.finish
@@ -258,13 +267,16 @@ class SGLangEngine:
             versions = ()
         return GenerateResult(output_ids=ids, log_probs=log_probs, finish_reason=finish, policy_versions=versions)
 
-    def _require_versions(self, part: Completion, active: _Active) -> None:
+    def _require_versions(self, part: Completion, client: ServerClient, rid: str) -> None:
         if self._version is not None and len(part.policy_versions) != len(part.output_ids):
-            assert active.client is not None
-            raise EngineError(
-                f"{active.client.url}: request {active.rid!r} has tokens of unnumbered weights, while version "
-                f"{self._version} was sent to every server: it was restarted without them"
+            reason = (
+                f"{client.url}: request {rid!r} has tokens of unnumbered weights, while version {self._version} was "
+                "sent to every server: it was restarted without them"
             )
+            if self._settings.router is not None:  # which of the servers behind it, nobody knows
+                raise EngineError(reason)
+            client.mark_down(reason)  # it comes back once it names the version
+            raise RequestLost(reason, retry=True, gone=False)
 
     async def _with_retries(self, request: GenerateRequest, active: _Active) -> Completion:
         session = session_of(request.request_id)
@@ -280,7 +292,9 @@ class SGLangEngine:
                     if active.aborted:
                         return Completion((), (), "abort", (), 0, 0, "aborted before it was sent")
                     active.client, active.rid = client, make_rid(self._name, session, next(self._numbers))
-                    return await client.generate(request, rid=active.rid, session=session)
+                    part = await client.generate(request, rid=active.rid, session=session)
+                    self._require_versions(part, client, active.rid)
+                    return part
             except RequestLost as error:
                 if error.gone:
                     await self._pool.suspect(client)

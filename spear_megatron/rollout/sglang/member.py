@@ -79,6 +79,7 @@ class Member:
         self._config = config
         self._published = published
         self._lock = threading.Lock()
+        self._restoring = threading.Lock()  # held while published weights are brought to the server
         self._asking = threading.Lock()  # held while the scheduler is asked for a token
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -139,7 +140,7 @@ class Member:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """No generation is asked of the server within, and none is under way when the body begins."""
-        with self._asking:
+        with self._restoring, self._asking:
             self._quiet += 1
         try:
             yield
@@ -256,16 +257,17 @@ class Member:
 
     def _restore(self, endpoint: Endpoint) -> None:
         """Bring the published weights to a stale server, where that can be done without the trainer."""
-        published = self._published()
-        if self.view()[0] is not State.STALE or published.restore is None or published.version is None:
-            return
-        try:
-            with self.quiet():
-                published.restore(endpoint.url)
-        except EngineError as error:
-            _LOG.warning("SGLang server %d waits for the next publication: %s", self.index, error)
-            return
-        self.holds(endpoint, published.version)
+        with self._restoring:  # no publication begins meanwhile, and none is under way
+            published = self._published()
+            stale = self.view()[0] is State.STALE and not self._quiet
+            if not stale or published.restore is None or published.version is None:
+                return
+            try:
+                published.restore(endpoint.url)  # the thread of the health checks is this one
+            except EngineError as error:
+                _LOG.warning("SGLang server %d waits for the next publication: %s", self.index, error)
+                return
+            self.holds(endpoint, published.version)
         self.settle()
 
     def _watch(self, server: ServerHandle, endpoint: Endpoint) -> str:

@@ -31,14 +31,16 @@ class ServerPool:
         self._failures = dict.fromkeys(self.clients, 0)
         self._required_label: str | None = None
         self._stale: dict[str, str] = {}
+        self._lacked: set[str] = set()  # stale servers that were seen without the label since
 
     def require_label(self, label: str) -> None:
         """From now on a server that was down comes back only with weights of this label."""
         self._required_label = label
 
     def set_stale(self, reasons: Mapping[str, str]) -> None:
-        """Servers, by URL with the reason, that get nothing until they name the required label or this is called."""
-        self._stale = dict(reasons)
+        """Servers, by URL with the reason, that get nothing until this is called again or they are seen to get the
+        required label: one that has it already may be paused, or hold half of an update."""
+        self._stale, self._lacked = dict(reasons), set()
 
     async def choose(self, session: str) -> ServerClient:
         """The server for the next request of ``session``.
@@ -91,8 +93,11 @@ class ServerPool:
             client.mark_down(f"{self._failures[client]} health checks in a row failed")
         elif healthy and client.is_down and await self._has_weights(client):
             client.mark_up()
-        if healthy and client.url in self._stale and await self._has_weights(client):
-            del self._stale[client.url]
+        if client.url in self._stale:
+            if not healthy or not await self._has_weights(client):
+                self._lacked.add(client.url)
+            elif client.url in self._lacked:
+                self._stale.pop(client.url, None)
 
     async def _has_weights(self, client: ServerClient) -> bool:
         """Whether a restarted server already has the weights that the others have."""

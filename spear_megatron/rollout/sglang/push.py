@@ -83,23 +83,6 @@ def _sessions(servers: Sequence[ControlClient]) -> Iterator[None]:
         yield
 
 
-def await_label(servers: Sequence[ControlClient], version: int, *, timeout_s: float) -> None:
-    """Wait until every server names ``version`` as that of its weights: another rank sends them.
-
-    Raises:
-        EngineError: one does not within ``timeout_s``.
-    """
-    end = time.monotonic() + timeout_s
-    for server in servers:
-        while (label := server.server_info().weight_version) != str(version):
-            if time.monotonic() >= end:
-                raise EngineError(
-                    f"{server.url} has weights {label!r}, not version {version}, after {timeout_s:g} s: "
-                    "the first data-parallel rank did not send them"
-                )
-            time.sleep(_POLL_S)
-
-
 def checked(named_tensors: Iterable[Named], shape: ModelShape) -> Iterator[Named]:
     """The tensors as they are, every name of the model once and in its shape.
 

@@ -28,9 +28,7 @@ async def check_server(client: ServerClient, shape: ModelShape, max_model_len: i
     if version < FIRST_VERSION:
         text = ".".join(map(str, version))
         raise ValueError(f"{client.url} runs SGLang {text}: start one of 0.5.15 or newer")
-    path = str(model.get("model_path", ""))
-    if (Path(path) / "config.json").is_file() and (other := ModelShape.from_folder(path)) != shape:
-        raise ValueError(f"{client.url} has the model {path}, which differs from this one: {_difference(other, shape)}")
+    check_model(client.url, str(model.get("model_path", "")), shape)
     lengths = {"--context-length": await _context_length(client, server), "--max-total-tokens": _cache_size(server)}
     for option, length in lengths.items():
         if length is not None and length < max_model_len + RESERVED_TOKENS:
@@ -39,6 +37,16 @@ async def check_server(client: ServerClient, shape: ModelShape, max_model_len: i
                 f"{max_model_len + RESERVED_TOKENS}: start it with a larger {option}, or lower "
                 "actor_rollout_ref.rollout.max_model_len or data.max_response_length"
             )
+
+
+def check_model(url: str, folder: str, shape: ModelShape) -> None:
+    """Compare the model that a server was started with, where its folder can be read from here.
+
+    Raises:
+        ValueError: it has other sizes: an update would kill the server.
+    """
+    if (Path(folder) / "config.json").is_file() and (other := ModelShape.from_folder(folder)) != shape:
+        raise ValueError(f"{url} has the model {folder}, which differs from this one: {_difference(other, shape)}")
 
 
 async def _context_length(client: ServerClient, server: Mapping[str, Any]) -> int | None:

@@ -79,6 +79,12 @@ def _placements(
 ) -> tuple[Placement, ...]:
     num_gpus = 0 if spec.on_cpu else torch.cuda.device_count()
     facts = gather_objects(parallel, RankFacts(socket.gethostname(), parallel.is_leader, num_gpus))
+    hosts = {fact.node for fact in facts}
+    if len(hosts) > 1 and config.host in ("127.0.0.1", "localhost", "::1"):
+        raise ValueError(
+            f"actor_rollout_ref.rollout.sglang.launch.host={config.host} cannot be reached from all of the job's "
+            f"{len(hosts)} machines: set it to 0.0.0.0 or to an address of their network"
+        )
     if config.backend == "ray":  # Ray finds the machines and the GPUs
         return (Placement(0, tuple(range(config.num_servers)), ((),) * config.num_servers),)
     return place_servers(

@@ -115,8 +115,11 @@ class DiskWay:
             sync_path(file)
 
     def _prune(self) -> None:
-        """Remove all but the newest versions, and what cut-off updates left."""
+        """Remove all but the newest versions up to this one, later ones of a course that a resumed run left, and what
+        cut-off updates left."""
         versions = sorted(path for path in self._root.iterdir() if _VERSION.fullmatch(path.name))
+        known = [path for path in versions if path.name <= self.folder.name]
+        abandoned = [path for path in versions if path.name > self.folder.name]
         unfinished = self._root.glob(".version_*.partial")
-        for path in [*versions[: -self._keep], *unfinished]:
+        for path in [*known[: -self._keep], *abandoned, *unfinished]:
             shutil.rmtree(path, ignore_errors=True)
