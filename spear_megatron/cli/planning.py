@@ -95,6 +95,8 @@ def this_machine(world_size: int) -> Machine:
         host_bytes=host_bytes,
         peak_flops=CPU_FLOPS,
         memory_bandwidth=CPU_BANDWIDTH,
+        host_flops=CPU_FLOPS,
+        host_bandwidth=CPU_BANDWIDTH,
         nvlink_bandwidth=1e9,
         network_bandwidth=1e9,
         publish_bandwidth=1e9,

@@ -17,6 +17,7 @@ class Machine:
         memory_bandwidth: bytes per second of a GPU's memory (3.35e12).
         nvlink_bandwidth: bytes per second and direction between GPUs of a node (450e9).
         network_bandwidth: bytes per second and GPU between nodes (50e9: 400 Gb/s).
+        host_flops, host_bandwidth: of the processor cores and memory that one embedded engine has (2e12, 1e11).
         storage_bandwidth: bytes per second and node that a checkpoint is written with (2e9).
         publish_bandwidth: bytes per second of handing the full weights to the engines (8e9).
         compute_efficiency: of the matrix products of training; communication and pipeline bubbles come on top.
@@ -34,6 +35,8 @@ class Machine:
     memory_bandwidth: float = 3.35e12
     nvlink_bandwidth: float = 450e9
     network_bandwidth: float = 50e9
+    host_flops: float = 2e12
+    host_bandwidth: float = 1e11
     storage_bandwidth: float = 2e9
     publish_bandwidth: float = 8e9
     compute_efficiency: float = 0.5

@@ -17,6 +17,7 @@ from spear_megatron.plan.workload import Workload
 from spear_megatron.plan.workspace import (
     Batch,
     Communication,
+    GradientReduction,
     Head,
     HeadBackward,
     HeadForward,
@@ -119,7 +120,7 @@ class RankMemory:
 
     def update(self) -> list[Term]:
         """Forward and backward of one optimizer step, where its peak is: before the first backward pass frees anything
-        (head, or a layer), or at the last stage of one (embedding).
+        (head, or a layer), at the end of one (embedding), or when gradients are reduced on the CPU.
         """
         work, sizes = self.workload, self.sizes
         layers = self.activations
@@ -130,6 +131,8 @@ class RankMemory:
             rows = padded_vocab_size(self.shape.vocab_size, self.layout.tp) // self.layout.tp
             embedding = EmbeddingBackward(rows, sizes.hidden, sizes.itemsize)
             peaks.append([Fewer(layers, 1, layers.passes), embedding])
+        if work.on_host and self.layout.megatron.use_distributed_optimizer:
+            peaks.append([GradientReduction(self.model.buffers)])
         return [
             *self.static,
             Batch(work.tokens, work.micro_batches),

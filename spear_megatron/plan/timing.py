@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from spear_megatron.model.shape import ModelShape
-from spear_megatron.plan.engine import kv_bytes_per_token
+from spear_megatron.plan.engine import BF16, kv_bytes_per_token
 from spear_megatron.plan.layout import Layout
 from spear_megatron.plan.machine import Machine
 from spear_megatron.plan.run import PlannedRun
@@ -138,27 +138,26 @@ def rollout_seconds(run: PlannedRun, layout: Layout, machine: Machine, cache_tok
     The requests of an engine run in waves of ``max_num_seqs``, or of as many mean ones as its cache holds. A decoding
     step reads the engine's weights once and the cache of every request (half of it on average), or computes 2 N per
     request, whichever takes longer. Tokens of prompts and tool results are computed at the speed of a forward pass.
-    Environments answer in no time. A wave is as long as a mean trajectory: stragglers are not in it.
+    Embedded engines compute in float32 at the host's rates. Environments answer in no time. A wave is as long as a mean
+    trajectory: stragglers are not in it.
     """
     shape, engine = run.shape, run.engine
-    weights = 2 * shape.num_parameters()
-    gpus = engine.tp
+    gpus, flops, bandwidth, itemsize = engine.tp, machine.peak_flops, machine.memory_bandwidth, BF16
     engines = max(1, (engine.nodes or machine.nodes) * machine.gpus_per_node // engine.tp)
     if engine.kind == "embedded":
-        engines, gpus, weights = layout.dp, 1, 4 * shape.num_parameters()
+        gpus, flops, bandwidth, itemsize = 1, machine.host_flops, machine.host_bandwidth, FP32
+        engines = layout.dp
     requests = ceil(run.trajectories / engines)
     together = min(requests, engine.max_num_seqs)
     if cache_tokens:
         together = max(1, min(together, cache_tokens // run.mean_tokens))
     sampled = run.mean_tokens * run.sampled_share
-    cache = together * run.mean_tokens / 2 * kv_bytes_per_token(shape, gpus)
-    reading = (weights / gpus + cache) / machine.memory_bandwidth
-    computing = together * 2 * shape.num_parameters() / gpus / machine.peak_flops
+    cache = together * run.mean_tokens / 2 * kv_bytes_per_token(shape, gpus, itemsize)
+    reading = (itemsize * shape.num_parameters() / gpus + cache) / bandwidth
+    computing = together * 2 * shape.num_parameters() / gpus / flops
     decode = ceil(requests / together) * sampled * max(reading, computing) / machine.decode_efficiency
     others = requests * run.mean_tokens * (1 - run.sampled_share)
-    prefill = forward_flops(shape, others, run.mean_tokens, 0.0) / (
-        gpus * machine.peak_flops * machine.compute_efficiency
-    )
+    prefill = forward_flops(shape, others, run.mean_tokens, 0.0) / (gpus * flops * machine.compute_efficiency)
     return decode + prefill
 
 

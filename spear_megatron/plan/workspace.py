@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from spear_megatron.plan.activations import FP32, LayerSizes, kept_by_norm
+from spear_megatron.plan.meta import BufferInfo
 
 BATCH_BYTES_PER_TOKEN = 4 * 8 + 3 * 1 + 6 * 4
 """A packed micro-batch (``types.MicroBatch``): four int64, three bool and six float32 values per token."""
@@ -179,3 +180,18 @@ class Communication:
         s = self.sizes
         gathered = s.tokens * s.hidden * s.itemsize if s.cut_tokens < s.tokens else 0
         return gathered + 2 * s.hidden_bytes * self.pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class GradientReduction:
+    """Copy of the largest gradient buffer that gloo makes to reduce and scatter it, 4 bytes per element.
+
+    At the end of an update, when activations are gone. NCCL reduces in place, and so does an all-reduce.
+    """
+
+    buffers: tuple[BufferInfo, ...]
+    label: ClassVar[str] = "backward workspace"
+
+    @property
+    def nbytes(self) -> int:
+        return FP32 * max(buffer.numel for buffer in self.buffers)

@@ -31,6 +31,8 @@ CASES = (
     ("qwen3", Case("1 rank, full recomputation", recompute=True)),
     ("qwen3", Case("1 rank, block recomputation, bf16", recompute="block", bf16=True)),
     ("qwen3", Case("1 rank, selective recomputation", recompute="selective")),
+    ("qwen3", Case("1 rank, full recomputation of few tokens", recompute=True, length=17)),
+    ("qwen3", Case("DP2, full recomputation of few tokens", world_size=2, recompute=True, length=17)),
     ("qwen3", Case("1 rank, sliced logits", max_logits_mb=1)),
     ("qwen3", Case("DP2", world_size=2)),
     ("qwen3", Case("DP2, no distributed optimizer, bf16", world_size=2, distributed_optimizer=False, bf16=True)),

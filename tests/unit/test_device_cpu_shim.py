@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spear_megatron.device.cpu_shim import megatron_on_cpu
+from spear_megatron.device.cpu_shim import megatron_on_cpu, megatron_without_storage
 from spear_megatron.device.platform import detect_platform, transformer_engine_status
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim does nothing where CUDA is available")
@@ -46,3 +46,20 @@ def test_platform_without_cuda() -> None:
     platform = detect_platform(local_rank=3)
     assert (platform.device.type, platform.backend, platform.is_cuda) == ("cpu", "gloo", False)
     assert transformer_engine_status() == (False, "no CUDA device")
+
+
+def test_without_storage_new_tensors_have_none_and_names_come_back() -> None:
+    empty, current = torch.empty, torch.cuda.current_device
+    with megatron_without_storage():
+        assert torch.empty(3).is_meta and torch.zeros(3, device="cuda").is_meta
+        assert torch.zeros(3, device="cpu").device.type == "cpu"
+        assert torch.cuda.current_device() == torch.device("meta")
+        with megatron_on_cpu():
+            assert torch.ones(2).is_meta
+    assert torch.empty is empty and torch.cuda.current_device is current and not torch.empty(1).is_meta
+
+
+def test_without_storage_must_be_outermost() -> None:
+    with megatron_without_storage(), pytest.raises(RuntimeError, match="outermost"):
+        with megatron_without_storage():
+            pass

@@ -54,7 +54,8 @@ def test_the_reference_and_embedded_engines_cost_their_weights() -> None:
     embedded = node(replace(SMALL, engine=engine), 0, tp=1, pp=1, dp=2, per_node=2)["embedded engines"]
     cache = 3 * SMALL.max_tokens * 2 * TINY.num_layers * 2 * 8 * 4
     assert embedded == 2 * (4 * TINY.num_parameters() + cache)
-    assert estimate(replace(SMALL, engine=engine), layout(1, 1, 2), MACHINE).rollout > 0
+    inside, slow = replace(SMALL, engine=engine), replace(MACHINE, host_bandwidth=1e9)
+    assert estimate(inside, layout(1, 1, 2), slow).rollout > estimate(inside, layout(1, 1, 2), MACHINE).rollout > 0
 
 
 def test_ranks_on_the_cpu_share_the_memory_of_their_node() -> None:
