@@ -34,7 +34,7 @@ quickstart: setup  ## tiny model, cold start, reinforcement learning, evaluation
 	$(BIN)/python tools/quickstart.py
 
 test: setup sglang-server  ## every test that needs no GPU
-	$(PYTEST) tests
+	$(PYTEST) -n 2 --dist loadfile tests
 
 test-fast: setup sglang-server  ## the first minutes' worth of tests
 	$(PYTEST) tests -m "not slow"

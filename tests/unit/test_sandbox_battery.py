@@ -249,7 +249,10 @@ def test_daemon(box: Driver) -> None:
     assert _host_processes_with(marker) == []
 
 
-@pytest.mark.parametrize("target", ["-1", "0", "os.getppid()", str(os.getpid()), f"-{os.getpgid(0)}"])
+@pytest.mark.parametrize(
+    "target",
+    ["-1", "0", "os.getppid()", pytest.param(str(os.getpid()), id="me"), pytest.param(f"-{os.getpgid(0)}", id="us")],
+)
 def test_kill_others(box: Driver, target: str) -> None:
     code = (
         "import os, signal\n"
