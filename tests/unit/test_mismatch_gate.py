@@ -204,6 +204,19 @@ def test_only_the_newest_batches_of_a_kind_stay(tmp_path: Path) -> None:
     assert read_batch(tmp_path / "nonfinite" / "step_000003.update_000").rows == []
 
 
+def test_a_batch_is_computed_again_by_whole_models_whatever_the_layout_of_the_run() -> None:
+    from spear_megatron.cli.replay_dump import _WHOLE_MODEL
+    from spear_megatron.config.loader import load
+    from spear_megatron.config.schema import Config
+    from spear_megatron.parallel.config import MegatronConfig
+
+    keys = "tensor_model", "pipeline_model", "context"
+    split = [f"actor_rollout_ref.actor.megatron.{key}_parallel_size=2" for key in keys]
+    assert load(Config, None, split).actor_rollout_ref.actor.megatron.model_parallel_size == 8
+    megatron = load(Config, None, [*split, *_WHOLE_MODEL]).actor_rollout_ref.actor.megatron
+    assert megatron.model_parallel_size == MegatronConfig().model_parallel_size == 1
+
+
 def test_damaged_batches_are_refused_by_name(tmp_path: Path) -> None:
     folder = BatchFiles(tmp_path, ALONE, keep=2).save(info_of(1), [BatchRow(row=make_row(0))])
     text = (folder / INFO_NAME).read_text()
