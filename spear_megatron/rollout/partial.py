@@ -50,10 +50,14 @@ class _Episode(Protocol):
 
 
 class EpisodeSlot:
-    """What a running episode and its scheduler share: where it goes on from, and how far it is."""
+    """What a running episode and its scheduler share: where it goes on from, and how far it is.
 
-    def __init__(self, resume: PartialEpisode | None = None) -> None:
+    Without ``resumable`` the episode keeps nothing to go on with later, and its environment is not asked for its state.
+    """
+
+    def __init__(self, resume: PartialEpisode | None = None, *, resumable: bool = True) -> None:
         self.resume = resume
+        self.resumable = resumable
         self._episode: _Episode | None = None
 
     def bind(self, episode: _Episode) -> None:
