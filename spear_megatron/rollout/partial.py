@@ -94,6 +94,12 @@ class HeldGroup:
     partial: Mapping[int, PartialEpisode] = field(default_factory=dict)
 
     @property
+    def longest(self) -> int:
+        """Tokens of its longest segment."""
+        members = [*self.finished.values(), *(partial.trajectory for partial in self.partial.values())]
+        return max((len(segment.ids) for member in members for segment in member.segments), default=0)
+
+    @property
     def num_sampled(self) -> int:
         """Sampled tokens that the group brings along."""
         return sum(length for length, _ in self.episodes(1 + max([*self.finished, *self.partial], default=-1)))

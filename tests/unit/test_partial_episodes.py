@@ -97,7 +97,7 @@ def episode(engine: Any, environment: Any, prompt: Prompt, slot: EpisodeSlot | N
 
 def stored(partial: PartialEpisode) -> PartialEpisode:
     """The partial episode after a checkpoint."""
-    state = encode_held([HeldGroup(2, 5, {}, {1: partial})], ALONE, timeout_s=1.0)
+    state = encode_held([HeldGroup(2, 5, {}, {1: partial})], ALONE, temperature=1.0, timeout_s=1.0)
     ((owner, group),) = decode_held(state, ALONE)
     assert owner == 0 and (group.born, group.task, list(group.partial)) == (2, 5, [1])
     return group.partial[1]
