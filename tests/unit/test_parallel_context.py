@@ -68,7 +68,8 @@ SPLIT = [f"actor_rollout_ref.actor.megatron.{name}_parallel_size={size}" for nam
 def test_a_replayed_segment_must_fit_the_padded_budget_of_a_micro_batch(tmp_path: Path) -> None:
     given = [
         *SPLIT, "actor_rollout_ref.actor.megatron.sequence_parallel=true", f"trainer.default_local_dir={tmp_path}",
-        "actor_rollout_ref.actor.enable_trajectory_replay=true", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4103",
+        "actor_rollout_ref.actor.enable_trajectory_replay=true",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4103",
     ]  # fmt: skip
     imitation = build_imitation(load(Config, None, given), ALONE)
     assert imitation is not None and imitation.buffer._max_tokens == 4103 // 12 * 12 == 4092
