@@ -14,6 +14,7 @@ from spear_megatron.cli.agents import canonical_answer_of, load_episode_prompts,
 from spear_megatron.cli.servers import Publishing, shared_gpus
 from spear_megatron.cli.session import StopFlag, open_parallel, open_record
 from spear_megatron.cli.weights import open_publish
+from spear_megatron.config.checks import token_multiple
 from spear_megatron.config.checks_replay import replay_rules
 from spear_megatron.config.describe import flatten, to_yaml
 from spear_megatron.config.schema import Config
@@ -180,6 +181,7 @@ def step_settings(config: Config) -> StepSettings:
         mismatch=ref.rollout.mismatch,
         over_sampling=ref.rollout.over_sampling,
         partial_rollout=ref.rollout.partial_rollout,
+        max_segment_length=config.data.max_prompt_length + config.data.max_response_length,
     )
 
 
@@ -216,6 +218,7 @@ def build_imitation(config: Config, parallel: ParallelState) -> Imitation | None
     if not actor.enable_trajectory_replay:
         return None
     temperature = config.actor_rollout_ref.rollout.temperature
+    multiple = token_multiple(actor.megatron)
     buffer = ReplayBuffer(
         replay_rules(config),
         parallel,
@@ -223,7 +226,7 @@ def build_imitation(config: Config, parallel: ParallelState) -> Imitation | None
         baseline_size=actor.baseline_buffer_size,
         seed=config.trainer.seed,
         temperature=temperature,
-        max_tokens=actor.ppo_max_token_len_per_gpu,
+        max_tokens=actor.ppo_max_token_len_per_gpu // multiple * multiple,
     )
     keeps_steps = actor.replay.step_term == "keep" and algorithm.adv_estimator == "gigpo"
     return Imitation(

@@ -61,7 +61,8 @@ def print_plan(config: Config) -> None:
     print(f"# model: {shape.architecture}, {shape.num_parameters():,} parameters, {shape.num_layers} layers")
     print(
         f"# layout: {world} ranks = tensor {megatron.tensor_model_parallel_size} x pipeline "
-        f"{megatron.pipeline_model_parallel_size} x data {world // megatron.model_parallel_size}"
+        f"{megatron.pipeline_model_parallel_size} x context {megatron.context_parallel_size} "
+        f"x data {world // megatron.model_parallel_size}"
     )
     print(
         f"# step: {config.data.train_batch_size} prompts x {config.actor_rollout_ref.rollout.n} samples, "

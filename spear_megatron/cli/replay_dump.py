@@ -19,6 +19,7 @@ _MEGATRON = "actor_rollout_ref.actor.megatron"
 _WHOLE_MODEL = (
     f"{_MEGATRON}.tensor_model_parallel_size=1", f"{_MEGATRON}.pipeline_model_parallel_size=1",
     f"{_MEGATRON}.virtual_pipeline_model_parallel_size=null", f"{_MEGATRON}.sequence_parallel=false",
+    f"{_MEGATRON}.context_parallel_size=1",
 )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     check_group_filters(algorithm.filter_groups.enable, rollout.rollout_filter_ratio, rollout.n)
     check_old_log_prob(actor.old_log_prob, algorithm.rollout_correction.mode, algorithm.use_kl_in_reward)
     check_mismatch_mask(rollout.mismatch.mask, actor.old_log_prob)
+    check_mismatch_async(config.trainer.async_, rollout.mismatch.mask, rollout.mismatch.stop)
     check_async(config.trainer.async_, rollout.name == "sglang" and rollout.sglang.colocated)
     causes = {"trainer.async=1": config.trainer.async_, f"{_ROLLOUT}.partial_rollout=true": rollout.partial_rollout}
     for cause in (cause for cause, given in causes.items() if given):
@@ -228,6 +229,21 @@ def check_mismatch_mask(mask: float | None, old_log_prob: str) -> None:
             f"{_ROLLOUT}.mismatch.mask={mask} compares the trainer's log-probs with the engine's before the update, "
             f"but {_ACTOR}.old_log_prob=rollout skips their pass: set old_log_prob=trainer, or mask=null"
         )
+
+
+def check_mismatch_async(async_steps: int, mask: float | None, stop: float | None) -> None:
+    """The gate bounds tokens of the trainer's own weights, and ahead of training none are. Raises ValueError.
+
+    Args:
+        async_steps: ``trainer.async``. mask, stop: of ``rollout.mismatch``.
+    """
+    for name, bound in (("mask", mask), ("stop", stop)):
+        if async_steps and bound is not None:
+            raise ValueError(
+                f"{_ROLLOUT}.mismatch.{name}={bound} compares tokens of the current weights, but with trainer.async="
+                f"{async_steps} every token after the first step is a version old and nothing would be compared: set "
+                f"mismatch.{name}=null and algorithm.rollout_correction for tokens of older weights, or trainer.async=0"
+            )
 
 
 def check_async(async_steps: int, colocated: bool) -> None:

@@ -7,6 +7,7 @@ configuration as ``config.yaml``, and ``batch.json``, which is written last: a f
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from spear_megatron.types import Row
 Kind = Literal["mismatch", "nonfinite"]
 FORMAT_VERSION = 1
 INFO_NAME, CONFIG_NAME = "batch.json", "config.yaml"
+_FOLDER = re.compile(r"step_(\d+)(?:\.update_(\d+))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,8 @@ class BatchFiles:
     def save(self, info: BatchInfo, rows: Sequence[BatchRow]) -> Path:
         """Write the batch of all ranks and delete what is beyond ``keep``; returns its folder.
 
+        So are batches of later updates: they were made before the run went back to a checkpoint.
+
         Args:
             info: its model path is filled in.
             rows: of this data-parallel rank.
@@ -125,9 +129,17 @@ class BatchFiles:
         text = json.dumps({"format_version": FORMAT_VERSION, **values, "files": files}, indent=1)
         write_atomically(folder / INFO_NAME, text.encode())
         sync_path(folder.parent)
-        others = sorted(path for path in folder.parent.iterdir() if path != folder)
-        for path in others[: max(len(others) + 1 - self._keep, 0)]:
+        places = {path: place for path in folder.parent.iterdir() if path.is_dir() and (place := _place(path))}
+        later = [path for path, place in places.items() if place > (info.step, info.update)]
+        others = sorted(places.keys() - {folder, *later}, key=lambda path: places[path])
+        for path in [*later, *others[: max(len(others) + 1 - self._keep, 0)]]:
             shutil.rmtree(path)
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """(step, update) of a batch's folder; None of another one."""
+    match = _FOLDER.fullmatch(folder.name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def read_batch(folder: Path) -> SavedBatch:

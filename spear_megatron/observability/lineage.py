@@ -142,13 +142,16 @@ class Lineage:
 
     Attributes:
         last_step: up to which the lineage of the run is known.
-        pushed: None unless it entered the buffer; ``mu`` is the coefficient of that step.
+        step: the training step at which it was pushed, rejected or filtered, and mu the coefficient of the tool bonus
+            then; None where none of that is told. Its id carries the step that began its group, which may be earlier.
+        pushed: None unless it entered the buffer.
         rejected: rule of the push that kept it out. filtered: reason why it carried no loss.
         left: step at which, and way in which it left the buffer; None while it is there or if it never was.
     """
 
     id: TrajectoryId
     last_step: int
+    step: int | None = None
     mu: float | None = None
     pushed: Pushed | None = None
     rejected: str | None = None
@@ -192,16 +195,14 @@ def trace_in(events: Iterable[StepLineage], ids: Collection[TrajectoryId]) -> di
     last_step = 0
     for event in events:
         last_step = event.step
-        for id in found:
-            if id.step == event.step:
-                found[id]["mu"] = event.mu
+        judged = {"step": event.step, "mu": event.mu}
         for item in event.pushed:
             if item.id in found:
-                found[item.id]["pushed"] = item
+                found[item.id] |= {"pushed": item, **judged}
         for name, lists in (("rejected", event.rejected), ("filtered", event.filtered)):
             for reason, members in lists.items():
                 for id in found.keys() & set(members):
-                    found[id][name] = reason
+                    found[id] |= {name: reason, **judged}
         for used in event.used:
             if used.id in found:
                 found[used.id]["uses"] += (Use(event.step, event.mu, event.gamma, event.p50, used),)

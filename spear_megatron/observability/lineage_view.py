@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from spear_megatron.observability.lineage import Lineage, Use, most_replayed, read_lineage, trace
-from spear_megatron.observability.trajectories import KeptTrajectory, read_trajectories, recorded_steps
-from spear_megatron.observability.view import header, problem_text, safe
+from spear_megatron.observability.trajectories import KeptTrajectory
+from spear_megatron.observability.view import find_kept, header, problem_text, safe
 from spear_megatron.types import TrajectoryId
 
 _ACTOR = "actor_rollout_ref.actor"
@@ -34,7 +34,7 @@ def show_lineage(console: Console, run_dir: str, id: TrajectoryId) -> None:
         ValueError: neither the lineage nor the kept trajectories know ``id``.
     """
     lineage = trace(run_dir, id)
-    item = _kept(run_dir, id)
+    item = find_kept(run_dir, id)
     if item is None and not lineage.known:
         raise ValueError(
             f"the lineage of {run_dir}, up to step {lineage.last_step}, does not mention trajectory {id}; "
@@ -87,12 +87,6 @@ def show_most_replayed(console: Console, run_dir: str) -> None:
     ))  # fmt: skip
 
 
-def _kept(run_dir: str, id: TrajectoryId) -> KeptTrajectory | None:
-    if id.step not in recorded_steps(run_dir):
-        return None
-    return next((item for item in read_trajectories(run_dir, id.step) if item.trajectory.id == id), None)
-
-
 def _show_conversation(console: Console, item: KeptTrajectory) -> None:
     """The problem, and each later message in one line."""
     console.print(Text(f"problem: {_excerpt(problem_text(item), _EXCERPT)}", style="cyan"))
@@ -123,7 +117,8 @@ def _excerpt(text: str, limit: int) -> str:
 def _entry(lineage: Lineage) -> Text:
     """Pushed, rejected or filtered, and why."""
     mu = "" if lineage.mu is None else f"  mu {lineage.mu:.3f}"
-    text = Text(f"step {lineage.id.step}{mu}  ", style="bold")
+    step = lineage.id.step if lineage.step is None else lineage.step
+    text = Text(f"step {step}{mu}  ", style="bold")
     if lineage.filtered is not None:
         key = f" (algorithm.filter_{lineage.filtered}_responses)" if lineage.filtered in _REASONS else ""
         text.append(f"filtered: {lineage.filtered}{key}, carries no loss", style="yellow")

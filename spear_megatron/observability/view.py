@@ -48,18 +48,31 @@ def pick(kept: Sequence[KeptTrajectory], which: Literal["best", "worst"]) -> Kep
 
 
 def find(run_dir: str, trajectory: TrajectoryId, kind: Kind) -> KeptTrajectory:
-    """The kept trajectory with this id.
+    """The kept trajectory with this id, of the step that trained on it.
 
     Raises:
         FileNotFoundError: nothing is kept of its step.
         ValueError: the step is there but not this trajectory; names those that are.
     """
+    if (found := find_kept(run_dir, trajectory, kind)) is not None:
+        return found
     kept = read_trajectories(run_dir, trajectory.step, kind)
-    for item in kept:
-        if item.trajectory.id == trajectory:
-            return item
     there = ", ".join(str(item.trajectory.id) for item in kept)
     raise ValueError(f"trajectory {trajectory} is not among those kept of step {trajectory.step}: {there}")
+
+
+def find_kept(run_dir: str, trajectory: TrajectoryId, kind: Kind = "train") -> KeptTrajectory | None:
+    """The kept trajectory with this id; None without it.
+
+    An id carries the step that began its group. With partial rollouts a later step may have trained on it.
+    """
+    for step in recorded_steps(run_dir, kind):
+        if step < trajectory.step:
+            continue
+        for item in read_trajectories(run_dir, step, kind):
+            if item.trajectory.id == trajectory:
+                return item
+    return None
 
 
 def last_step(run_dir: str, kind: Kind) -> int:

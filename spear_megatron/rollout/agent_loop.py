@@ -7,6 +7,7 @@ mask and log-probs grow together. An environment that rebuilds the prompt opens 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ async def run_episode(
     another limit cuts ends the episode.
 
     ``slot`` may say where an earlier run of this episode was stopped, and tells others how far this one is, also after
-    it was cancelled.
+    it was cancelled. Only with a resumable one is the environment asked for its state after every step.
 
     Raises:
         RequestStopped: a stoppable engine was told to end all requests.
@@ -84,6 +85,7 @@ async def run_episode(
     episode = _Episode(engine, renderer, environment, prompt, trajectory_id, noise_key, limits, sampling)
     error: str | None = None
     if slot is not None:
+        episode.resumable = slot.resumable
         slot.bind(episode)
     try:
         if slot is not None and slot.resume is not None:
@@ -139,6 +141,7 @@ class _Episode:
         self._turn_start = 0
         self._ended: StopReason | None = None
         self._kept: Mapping[str, Any] | None = None
+        self.resumable = False
 
     async def resume(self, partial: PartialEpisode) -> None:
         """Take up an episode where it was stopped."""
@@ -208,8 +211,12 @@ class _Episode:
     def _keep_environment(self) -> None:
         """Remember where the environment stands, and that a turn begins."""
         self._turn_start = len(self._segments[-1].ids)
-        if isinstance(self._environment, ResumableEnvironment):
-            self._kept = self._environment.snapshot()
+        if not self.resumable or not isinstance(self._environment, ResumableEnvironment):
+            return
+        try:  # as a checkpoint will give it back: what is no JSON shows here, on this episode alone
+            self._kept = json.loads(json.dumps(dict(self._environment.snapshot())))
+        except Exception as error:
+            raise InfrastructureError(f"environment snapshot: {type(error).__name__}: {error}") from error
 
     @property
     def num_sampled(self) -> int:
@@ -282,18 +289,19 @@ class _Episode:
         self._versions.extend(result.policy_versions)
 
     def _count(self, segment: SegmentBuilder, step: StepResult) -> None:
-        self._num_tool_calls += step.num_tool_calls
-        self._num_tool_failures += step.num_tool_failures
-        self._num_tool_turns += step.num_tool_calls > 0
+        """Add a sound step to the counts; one that failed adds nothing, so that a repeat of it counts once."""
         reward = finite_reward(step.reward)
-        self._environment_reward += reward
-        self._success = bool(step.done and step.success)
-        segment.reward += reward
-        segment.num_invalid_actions += int(step.num_invalid_actions)
         if step.error is not None:
             raise InfrastructureError(step.error)
         if not (step.done or step.messages or step.observation):
             raise InfrastructureError("environment step: neither done, nor messages, nor an observation")
+        self._num_tool_calls += step.num_tool_calls
+        self._num_tool_failures += step.num_tool_failures
+        self._num_tool_turns += step.num_tool_calls > 0
+        self._environment_reward += reward
+        self._success = bool(step.done and step.success)
+        segment.reward += reward
+        segment.num_invalid_actions += int(step.num_invalid_actions)
 
     def _insert(self, segment: SegmentBuilder, messages: Sequence[Mapping[str, Any]], closed: bool) -> bool:
         """Append the environment's messages and the next generation prompt, if room for a turn is left after them."""

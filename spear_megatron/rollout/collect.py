@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,13 +30,14 @@ from spear_megatron.parallel.errors import RunError
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rollout.acceptance import Acceptance, AcceptanceLog, accept
 from spear_megatron.rollout.engine import SamplingParams
-from spear_megatron.rollout.loop_thread import LoopThread
+from spear_megatron.rollout.loop_thread import CLOSE_S, LoopThread
 from spear_megatron.rollout.oversampling import Drawn, Portion
 from spear_megatron.rollout.partial import HeldGroup
 from spear_megatron.rollout.work import SharedWork
 from spear_megatron.types import Group, Prompt
 
 GRACE_S = 60.0
+_LOG = logging.getLogger(__name__)
 
 RunGroups = Callable[..., Awaitable[list[Group]]]
 
@@ -224,7 +226,9 @@ class Collector:
         tasks, acceptance = plan.tasks, plan.known
         assert tasks.wanted is not None
         if acceptance is not None:
-            self._holders = {task: owner for task, owner in self._holders.items() if task not in acceptance.accepted}
+            # What the record let expire is gone here too: its prompt starts anew.
+            gone = {*acceptance.accepted, *(set(acceptance.candidates) - acceptance.held.keys())}
+            self._holders = {task: owner for task, owner in self._holders.items() if task not in gone}
         else:
             own = drawn.records if drawn is not None else []
             records = [record for part in gather_objects(self._parallel, own) for record in part]
@@ -256,11 +260,23 @@ class Collector:
         self._held = {group.task: group for _, group in groups if group.task in self._mine}
 
     def close(self, *closers: Callable[[], Awaitable[None]]) -> None:
-        """Close the engine and the sandbox on their own loop, then the loop."""
+        """Close the engine and the sandbox on their own loop, then the loop.
+
+        What blocks the background loop does not hold up the end: it is logged, and left to the end of the process.
+        """
         with contextlib.ExitStack() as stack:  # each runs though an earlier one failed
             stack.callback(self._runner.close)
             for closer in reversed(closers):
-                stack.callback(lambda call: self._runner.run(_await(call)), closer)
+                stack.callback(self._close_one, closer)
+
+    def _close_one(self, closer: Callable[[], Awaitable[None]]) -> None:
+        if not isinstance(self._runner, LoopThread):
+            self._runner.run(_await(closer))
+            return
+        try:
+            self._runner.run(_await(closer), CLOSE_S)
+        except TimeoutError as error:
+            _LOG.warning("closing after the rollouts goes on without an answer: %s", error)
 
 
 def _described(failure: Exception) -> str:

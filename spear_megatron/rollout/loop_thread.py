@@ -38,9 +38,20 @@ class LoopThread:
             self._thread.start()
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end."""
-        return self.submit(coroutine).result()
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+        """Run a coroutine to its end.
+
+        Raises:
+            TimeoutError: it did not end within ``timeout_s`` seconds; it is told to stop.
+        """
+        future = self.submit(coroutine)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            if future.done():  # its own
+                raise
+            future.cancel()
+            raise TimeoutError(f"nothing came of the thread {self._name} within {timeout_s:g} s") from None
 
     def close(self) -> None:
         """Cancel what is left, wait for its end and stop the thread. Closing twice is harmless.

@@ -129,7 +129,7 @@ async def draw_groups(drawing: Drawing, portion: Portion) -> Drawn:
 
     Raises:
         TimeoutError: after ``deadline_s``, naming unfinished groups.
-        RuntimeError: every complete group of this leader failed; carries the first error.
+        RuntimeError: every group that this leader started failed, and nobody has a sound one; carries the first error.
         ValueError: of an episode, when the task or the settings are at fault.
     """
     return await _Leader(drawing, portion).play()
@@ -179,7 +179,7 @@ class _Leader:
             before, prompt = found
             self._started[before.task] = before
             for key in self._ids(before):
-                self._slots[key] = EpisodeSlot(before.partial.get(key.sample))
+                self._slots[key] = EpisodeSlot(before.partial.get(key.sample), resumable=self._d.max_age > 0)
                 if key.sample in before.finished:
                     self._finished[key] = before.finished[key.sample]
             self._running[asyncio.create_task(self._group(before, prompt))] = before.task
@@ -286,6 +286,8 @@ class _Leader:
         )
 
     def _refuse_total_failure(self) -> None:
+        if len(self._groups) < len(self._started) or self._p.work.num_complete:
+            return  # others are sound, or were only stopped: a failed group is passed over
         members = [member for group in self._groups.values() for member in group.trajectories]
         if members and not any(member.valid for member in members):
             raise RuntimeError(f"infrastructure failed in all {len(members)} episodes, first: {members[0].error}")

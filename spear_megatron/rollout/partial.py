@@ -50,10 +50,14 @@ class _Episode(Protocol):
 
 
 class EpisodeSlot:
-    """What a running episode and its scheduler share: where it goes on from, and how far it is."""
+    """What a running episode and its scheduler share: where it goes on from, and how far it is.
 
-    def __init__(self, resume: PartialEpisode | None = None) -> None:
+    Without ``resumable`` the episode keeps nothing to go on with later, and its environment is not asked for its state.
+    """
+
+    def __init__(self, resume: PartialEpisode | None = None, *, resumable: bool = True) -> None:
         self.resume = resume
+        self.resumable = resumable
         self._episode: _Episode | None = None
 
     def bind(self, episode: _Episode) -> None:
@@ -88,6 +92,12 @@ class HeldGroup:
     task: int
     finished: Mapping[int, Trajectory] = field(default_factory=dict)
     partial: Mapping[int, PartialEpisode] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest segment."""
+        members = [*self.finished.values(), *(partial.trajectory for partial in self.partial.values())]
+        return max((len(segment.ids) for member in members for segment in member.segments), default=0)
 
     @property
     def num_sampled(self) -> int:

@@ -26,13 +26,15 @@ class Generated:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def encode_generated(generated: Generated, parallel: ParallelState, *, timeout_s: float) -> dict[str, Any]:
+def encode_generated(
+    generated: Generated, parallel: ParallelState, *, temperature: float, timeout_s: float
+) -> dict[str, Any]:
     """A checkpoint's state: figures, and all trajectories of all leaders in the layout of safetensors, on rank 0.
 
     Collective; on ranks that do not share data-parallel rank 0's model copy the trajectories are missing.
 
     Args:
-        timeout_s: deadline of the exchange.
+        temperature: that they were sampled at. timeout_s: deadline of the exchange.
     """
     own = [member for group in generated.collected.groups for member in group.trajectories]
     payloads = [(0, trajectory_to_record(member, owner=parallel.dp_rank)) for member in own]
@@ -40,6 +42,7 @@ def encode_generated(generated: Generated, parallel: ParallelState, *, timeout_s
     return {
         "step": generated.step,
         "version": generated.version,
+        "temperature": temperature,
         "metrics": dict(generated.metrics),
         "acceptances": [to_json(acceptance) for acceptance in generated.collected.acceptances],
         "trajectories": encode_records(records),
@@ -72,7 +75,9 @@ def decode_generated(
     return Generated(int(state["step"]), int(state["version"]), collected, dict(state["metrics"]))
 
 
-def encode_held(groups: Sequence[HeldGroup], parallel: ParallelState, *, timeout_s: float) -> dict[str, Any]:
+def encode_held(
+    groups: Sequence[HeldGroup], parallel: ParallelState, *, temperature: float, timeout_s: float
+) -> dict[str, Any]:
     """A checkpoint's state: the groups of all leaders that go on in a later step. Collective, as for the step above."""
     records: list[TensorRecord] = []
     for group in groups:
@@ -85,7 +90,7 @@ def encode_held(groups: Sequence[HeldGroup], parallel: ParallelState, *, timeout
             records.append(replace(record, fields={**record.fields, "stopped_at": stopped_at}))
     payloads = [(0, record) for record in records]
     arrived = exchange(payloads, parallel, phase="groups that go on later", timeout_s=timeout_s)
-    return {"trajectories": encode_records(arrived)}
+    return {"temperature": temperature, "trajectories": encode_records(arrived)}
 
 
 def decode_held(state: Mapping[str, Any], parallel: ParallelState) -> list[tuple[int, HeldGroup]]:

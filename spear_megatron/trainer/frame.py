@@ -15,7 +15,7 @@ from spear_megatron.data.batch_files import BatchInfo, BatchRow
 from spear_megatron.data.files import FileEntry
 from spear_megatron.evaluation.run import evaluate
 from spear_megatron.observability.timing import PhaseTimer
-from spear_megatron.parallel.agreement import agree_any, gather_objects
+from spear_megatron.parallel.agreement import agree_any, agreed, gather_objects
 from spear_megatron.parallel.errors import named_waits
 from spear_megatron.rollout.collect import Collected, Tasks
 from spear_megatron.trainer.mismatch_gate import MismatchGate
@@ -176,9 +176,11 @@ class RunFrame:
 
     def _save_batch(self, info: BatchInfo, rows: Sequence[BatchRow]) -> Path:
         """Keep a batch that something is wrong with, and name the checkpoint nearest to its weights."""
-        older = [step for step in self.parts.checkpoints.steps() if step <= info.policy_version]
+        with agreed(self.parts.parallel, "saving of a batch"):
+            older = [step for step in self.parts.checkpoints.steps() if step <= info.policy_version]
         checkpoint = f"checkpoints/{step_name(max(older))}" if older else None
         return self.parts.batch_files.save(replace(info, checkpoint=checkpoint), rows)
+
     @abstractmethod
     def _rollout_states(self) -> dict[str, Any]:
         """States of rollouts that a checkpoint has to hold; collective."""

@@ -13,7 +13,7 @@ from spear_megatron.algorithms.mismatch import (
 )  # fmt: skip
 from spear_megatron.data.batch_files import BatchInfo, BatchRow
 from spear_megatron.parallel.agreement import gather_objects
-from spear_megatron.parallel.errors import RunError
+from spear_megatron.parallel.errors import RunError, RunTimeout
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rollout.config import MismatchConfig
 from spear_megatron.types import Row, TrajectoryId
@@ -51,7 +51,8 @@ class MismatchGate:
     ) -> tuple[dict[str, float], str | None]:
         """Metrics of the step, and what to tell the user of it.
 
-        The first of several steps in a row that warn saves its batch, and so does a step that stops.
+        The first of several steps in a row that warn saves its batch, and so does a step that stops. A batch that
+        cannot be written is told and is no reason to stop.
 
         Raises:
             RunError: on every rank, where the mean difference is above ``stop``.
@@ -72,11 +73,19 @@ class MismatchGate:
         figures = {bucket: asdict(value) for bucket, value in mismatch.items()}
         info = BatchInfo(kind="mismatch", step=step, update=0, policy_version=version, reason=text, figures=figures)
         pairs = zip(rows, log_probs, strict=True)
-        folder = self._save(info, [BatchRow(row=row, log_probs=values) for row, values in pairs])
-        compare = f"'python -m spear_megatron replay-dump {folder}' computes it again"
+        saved = self._saved(info, [BatchRow(row=row, log_probs=values) for row, values in pairs])
         if stops:
-            raise RunError(f"{text}. Usual causes: {CAUSES}. The batch is in {folder}: {compare}")
-        return metrics, f"{text}; batch saved to {folder}: {compare}"
+            raise RunError(f"{text}. Usual causes: {CAUSES}; {saved}")
+        return metrics, f"{text}; {saved}"
+
+    def _saved(self, info: BatchInfo, rows: Sequence[BatchRow]) -> str:
+        try:
+            folder = self._save(info, rows)
+        except RunTimeout:  # other ranks are gone
+            raise
+        except (OSError, RunError) as error:  # on every rank alike
+            return f"the batch could not be saved: {error}"
+        return f"batch saved to {folder}: 'python -m spear_megatron replay-dump {folder}' computes it again"
 
     def masked(
         self, rows: Sequence[Row], log_probs: Sequence[torch.Tensor], version: int
@@ -115,10 +124,13 @@ def row_pair(row: Row, log_probs: torch.Tensor) -> RowLogProbs:
 
 
 def mismatch_metrics(mismatch: Mismatch) -> dict[str, float]:
-    """The figures by names of the record: all of the tokens of current weights, of the buckets the mean of |d|."""
+    """The figures by names of the record: all of the tokens of current weights, of the buckets the mean of |d|.
+
+    Where no token is of the current weights, what is said of them is left out: 0 would look like agreement.
+    """
     total = mismatch["all"]
-    metrics = {
-        "mismatch/tokens": float(total.tokens),
+    metrics = {"mismatch/tokens": float(total.tokens)}
+    compared = {
         "mismatch/abs_diff_mean": total.abs_diff_mean,
         "mismatch/abs_diff_max": total.abs_diff_max,
         "mismatch/k3": total.k3,
@@ -126,6 +138,7 @@ def mismatch_metrics(mismatch: Mismatch) -> dict[str, float]:
         "mismatch/ratio_max": total.ratio_max,
         "mismatch/over_bound": total.over_bound,
     }
+    metrics |= compared if total.tokens else {}
     return metrics | {f"mismatch/{name}": value.abs_diff_mean for name, value in mismatch.items() if name != "all"}
 
 

@@ -57,6 +57,7 @@ class StepSettings:
 
     ``needs_old_log_probs``: something besides the ratio reads them (replay, covariance selection, correction, mask of
     mismatched trajectories), so that a step with a single update computes them too.
+    ``max_segment_length``: tokens of the longest segment that prompt and response lengths allow; None bounds nothing.
     """
 
     prompts_per_step: int
@@ -76,6 +77,7 @@ class StepSettings:
     mismatch: MismatchConfig = MismatchConfig()
     over_sampling: float = 1.0
     partial_rollout: bool = False
+    max_segment_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,29 +106,53 @@ class RunRollouts(RunFrame):
 
     def _rollout_states(self) -> dict[str, Any]:
         """What a checkpoint holds of the step that waits and of groups that go on; collective."""
-        states, timeout_s = {}, self.trainer.collective_timeout_s
+        states, parallel, timeout_s = {}, self.parts.parallel, self.trainer.collective_timeout_s
+        temperature = self.settings.sampling.temperature
         if self._ahead is not None:
-            states["ahead"] = encode_generated(self._ahead, self.parts.parallel, timeout_s=timeout_s)
+            states["ahead"] = encode_generated(self._ahead, parallel, temperature=temperature, timeout_s=timeout_s)
         if self.settings.partial_rollout:
-            states["held"] = encode_held(self.parts.collector.held, self.parts.parallel, timeout_s=timeout_s)
+            held = self.parts.collector.held
+            states["held"] = encode_held(held, parallel, temperature=temperature, timeout_s=timeout_s)
         return states
 
     def _restore_rollouts(self, states: Mapping[str, Any]) -> None:
         """Take up the step that waited; collective. Without ``trainer.async`` its prompts are rolled out anew.
 
-        So are groups that were to go on, without ``partial_rollout``: their prompts are in the queue as it is.
+        So are groups that were to go on, without ``partial_rollout``: their prompts are in the queue as it is. The same
+        happens to what was sampled at another temperature, whose log-probs are of another policy, and to what is longer
+        than conversations may be now.
         """
         if "held" in states and self.settings.partial_rollout:
-            self.parts.collector.hold(decode_held(states["held"], self.parts.parallel))
+            self._restore_held(states["held"])
         if "ahead" not in states:
             return
         ahead = decode_generated(states["ahead"], self.parts.parallel, self.parts.prompts.at)
-        if self.trainer.async_:
+        lengths = [length for row in ahead.collected.index for length in row.segment_lengths]
+        reason = self._misfit(states["ahead"], max(lengths, default=0)) if self.trainer.async_ else "trainer.async=0"
+        if reason is None:
             self._ahead = ahead
             return
         tasks = sorted({row.id.task for row in ahead.collected.index})
         self.parts.prompts.give_back(tasks)
         self._notes.append(
-            f"trainer.async=0: {len(tasks)} groups that were rolled out ahead for step {ahead.step} are dropped, "
+            f"{reason}: {len(tasks)} groups that were rolled out ahead for step {ahead.step} are dropped, "
             "their prompts come first"
         )
+
+    def _restore_held(self, state: Mapping[str, Any]) -> None:
+        held = decode_held(state, self.parts.parallel)
+        reason = self._misfit(state, max((group.longest for _, group in held), default=0))
+        if reason is None:
+            self.parts.collector.hold(held)
+        elif held:
+            self._notes.append(f"{reason}: {len(held)} groups that were to go on are dropped, their prompts start anew")
+
+    def _misfit(self, state: Mapping[str, Any], longest: int) -> str | None:
+        """Why trajectories of a checkpoint, of segments up to ``longest`` tokens, cannot be trained on now."""
+        then, now = state.get("temperature"), self.settings.sampling.temperature
+        if then != now:
+            return f"actor_rollout_ref.rollout.temperature was {then} and is {now}"
+        limit = self.settings.max_segment_length
+        if limit is not None and longest > limit:
+            return f"{longest} tokens of one segment exceed data.max_prompt_length + data.max_response_length = {limit}"
+        return None

@@ -88,6 +88,20 @@ def test_rewards_and_invalid_actions_belong_to_their_segment() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [StepResult(messages=say("x"), reward=0.5, num_tool_calls=2, num_invalid_actions=1, error="the service is away"),
+     StepResult(messages=say("x"), reward=float("nan"), num_tool_calls=2), StepResult(reward=0.5, num_tool_calls=2)],
+    ids=["error", "reward", "nothing"],
+)  # fmt: skip
+def test_a_step_that_failed_counts_nothing(broken: StepResult) -> None:
+    environment = Scripted(StepResult(messages=say("go on"), reward=0.25, num_tool_calls=1), broken)
+    trajectory = play(["a", "b"], environment=environment, reward=EnvironmentReward())
+    assert trajectory.stop_reason is StopReason.INFRASTRUCTURE and trajectory.num_turns == 2
+    assert (trajectory.num_tool_calls, trajectory.num_tool_turns, trajectory.num_invalid_actions) == (1, 1, 0)
+    assert trajectory.reward.outcome == 0.25 and trajectory.segments[0].reward == 0.25
+
+
 def test_environment_reward_scales_the_outcome_alone() -> None:
     def finished() -> Scripted:
         return Scripted(StepResult(done=True, reward=0.5, num_tool_calls=1, success=True))

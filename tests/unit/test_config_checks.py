@@ -18,6 +18,7 @@ from spear_megatron.config.checks import (
     check_off_policy,
     check_old_log_prob,
     check_async,
+    check_mismatch_async,
     check_context,
     check_token_budget,
     check_train_sampling,
@@ -30,30 +31,31 @@ from spear_megatron.config.loader import load
 from spear_megatron.config.schema import Config
 from spear_megatron.model.shape import ModelShape
 
-SHAPE = ModelShape.from_hf_config(
-    {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 128,
-        "vocab_size": 100,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "hidden_act": "silu",
-    }
-)
+HF_CONFIG = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+SHAPE = ModelShape.from_hf_config(HF_CONFIG)
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 GOOD = [
     lambda: check_world_size(8, 2, 2),
     lambda: check_world_size(1, 1, 1),
     lambda: check_async(1, False),
     lambda: check_async(0, True),
+    lambda: check_mismatch_async(0, 0.1, 0.2),
+    lambda: check_mismatch_async(1, None, None),
     lambda: check_context(2, "mini_batch", "clip-cov"),
     lambda: check_context(2, "micro_batch", "vanilla"),
     lambda: check_batch(8, 8),
@@ -83,6 +85,8 @@ BAD: list[tuple[Callable[[], None], list[str]]] = [
     (lambda: check_world_size(1, 2, 1), ["1 ranks", "multiple of 2"]),
     (lambda: check_world_size(2, 2, 1, 2), ["context_parallel_size=2", "multiple of 4"]),
     (lambda: check_async(1, True), ["trainer.async=1", "colocated=true"]),
+    (lambda: check_mismatch_async(1, 0.1, None), ["rollout.mismatch.mask=0.1", "trainer.async=1", "mask=null"]),
+    (lambda: check_mismatch_async(1, None, 0.2), ["rollout.mismatch.stop=0.2", "trainer.async=1", "stop=null"]),
     (lambda: check_context(2, "micro_batch", "clip-cov"), ["cov_scope=micro_batch", "context_parallel_size=2"]),
     (lambda: check_batch(8, 16), ["ppo_mini_batch_size=16", "at most 8"]),
     (lambda: check_batch(8, 3), ["data.train_batch_size=8", "ppo_mini_batch_size=3"]),
@@ -234,4 +238,7 @@ def test_trajectories_of_older_weights_need_a_correction(mode: str) -> None:
     given = ["trainer.async=1", "data.train_batch_size=64"]
     with pytest.raises(ValueError, match="trainer.async=1"):
         check_config(load(Config, None, given), SHAPE, 1)
-    check_config(load(Config, None, [*given, f"algorithm.rollout_correction.mode={mode}"]), SHAPE, 1)
+    given.append(f"algorithm.rollout_correction.mode={mode}")
+    check_config(load(Config, None, given), SHAPE, 1)
+    with pytest.raises(ValueError, match="mismatch.stop=0.5 .*trainer.async=1"):
+        check_config(load(Config, None, [*given, f"{ROLLOUT}.mismatch.stop=0.5"]), SHAPE, 1)

@@ -123,6 +123,23 @@ def test_trace_follows_one_trajectory(tmp_path: Path) -> None:
     assert not unknown.known and unknown.last_step == 4
 
 
+def test_a_trajectory_that_went_on_later_has_the_figures_of_the_step_that_judged_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early, late = Id(1, 0, 0), Id(3, 5, 0)
+    events = [StepLineage(1, mu=0.9), StepLineage(2, mu=0.8), StepLineage(3, mu=0.7), StepLineage(4, mu=0.6)]
+    events[2] = dataclasses.replace(events[2], pushed=(pushed(early),), filtered={"overlong": (Id(1, 0, 1),)})
+    events[3] = dataclasses.replace(events[3], rejected={"advantage": (late,)})
+    write(tmp_path, events)
+    for id, step, mu in ((early, 3, 0.7), (Id(1, 0, 1), 3, 0.7), (late, 4, 0.6), (Id(1, 9, 9), None, None)):
+        lineage = trace(tmp_path, id)
+        assert (lineage.step, lineage.mu) == (step, mu)
+    TrajectoryStore(tmp_path, 8, decode).write(3, groups(1), {})
+    assert main(["view", str(tmp_path), "--lineage", "1-0-0"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "problem 0" in text and "step 3 mu 0.700 pushed into" in text
+
+
 def test_many_traces_equal_a_plain_search() -> None:
     rng = random.Random(7)
     ids = [Id(step, task, sample) for step in range(1, 6) for task in range(3) for sample in range(2)]

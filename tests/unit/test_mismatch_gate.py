@@ -15,7 +15,7 @@ import torch
 from spear_megatron.data.batch_files import INFO_NAME, BatchFiles, BatchInfo, BatchRow, Kind, read_batch
 from spear_megatron.data.rows import trajectory_rows
 from spear_megatron.observability.schema import check_names
-from spear_megatron.parallel.errors import RunError
+from spear_megatron.parallel.errors import RunError, RunTimeout
 from spear_megatron.rollout.config import MismatchConfig
 from spear_megatron.trainer.mismatch_gate import KEY, MismatchGate
 from spear_megatron.types import RewardParts, Row, Segment, StopReason, Trajectory, TrajectoryId
@@ -87,6 +87,22 @@ def test_a_stop_is_one_error_that_names_bound_place_cause_and_file() -> None:
         assert text in str(caught.value)
 
 
+def test_a_batch_that_cannot_be_saved_stops_no_run_that_only_warns() -> None:
+    def full(info: BatchInfo, rows: Sequence[BatchRow]) -> Path:
+        raise OSError("no space left")
+
+    def absent(info: BatchInfo, rows: Sequence[BatchRow]) -> Path:
+        raise RunTimeout("rank 1 did not answer")
+
+    text = judge(MismatchConfig(), 1, [1.0] * 5, MismatchGate(MismatchConfig(), ALONE, full))[1]
+    assert text.endswith("the batch could not be saved: no space left")
+    config = MismatchConfig(warn=None, stop=0.5)
+    with pytest.raises(RunError, match="mismatch.stop=0.5. Usual causes.*could not be saved: no space left"):
+        judge(config, 1, [1.0] * 5, MismatchGate(config, ALONE, full))
+    with pytest.raises(RunTimeout):
+        judge(MismatchConfig(), 1, [1.0] * 5, MismatchGate(MismatchConfig(), ALONE, absent))
+
+
 def test_tokens_of_older_versions_do_not_count_and_are_told() -> None:
     rows = [make_row(0), make_row(1, versions=VERSION - 2), make_row(2, versions=None)]
     values = [shifted(rows[0], *[0.1] * 5), shifted(rows[1], *[3.0] * 5), shifted(rows[2], *[0.2] * 5)]
@@ -96,6 +112,13 @@ def test_tokens_of_older_versions_do_not_count_and_are_told() -> None:
     assert metrics["mismatch/lag_2"] == pytest.approx(3.0) and metrics["mismatch/lag_0"] == pytest.approx(0.15)
     assert "tokens of older versions: 2 behind 3" in (text or "")
     assert gate.masked(rows, values, VERSION) == {}
+
+
+def test_without_a_token_of_current_weights_nothing_is_said_of_them() -> None:
+    old = make_row(0, versions=VERSION - 1)
+    metrics, text = MismatchGate(MismatchConfig(), ALONE, Saved()).judge(5, [old], [shifted(old, *[3.0] * 5)], VERSION)
+    assert metrics == {"mismatch/tokens": 0.0, "mismatch/lag_1": pytest.approx(3.0), "mismatch/warned": 0.0}
+    assert text is None
 
 
 def test_the_mask_is_over_all_segments_of_a_trajectory() -> None:
@@ -202,6 +225,32 @@ def test_only_the_newest_batches_of_a_kind_stay(tmp_path: Path) -> None:
     files.save(info_of(3, "nonfinite"), [])
     assert sorted(path.name for path in (tmp_path / "mismatch").iterdir()) == ["step_000009", "step_000010"]
     assert read_batch(tmp_path / "nonfinite" / "step_000003.update_000").rows == []
+
+
+def test_batches_of_steps_that_are_done_again_make_room(tmp_path: Path) -> None:
+    files = BatchFiles(tmp_path, ALONE, keep=3)
+    for kind, updates in (("mismatch", [0]), ("nonfinite", [0, 1])):
+        for step in (2, 5, 9):
+            for update in updates:
+                files.save(info_of(step, kind, update), [])
+        (tmp_path / kind / "step_notes.txt").write_text("mine")
+        files.save(info_of(5, kind), [])  # the run went on from a checkpoint of step 4
+    names = {kind: sorted(path.name for path in (tmp_path / kind).iterdir()) for kind in ("mismatch", "nonfinite")}
+    assert names["mismatch"] == ["step_000002", "step_000005", "step_notes.txt"]
+    assert names["nonfinite"] == ["step_000005.update_000", "step_notes.txt"]
+
+
+def test_a_batch_is_computed_again_by_whole_models_whatever_the_layout_of_the_run() -> None:
+    from spear_megatron.cli.replay_dump import _WHOLE_MODEL
+    from spear_megatron.config.loader import load
+    from spear_megatron.config.schema import Config
+    from spear_megatron.parallel.config import MegatronConfig
+
+    keys = "tensor_model", "pipeline_model", "context"
+    split = [f"actor_rollout_ref.actor.megatron.{key}_parallel_size=2" for key in keys]
+    assert load(Config, None, split).actor_rollout_ref.actor.megatron.model_parallel_size == 8
+    megatron = load(Config, None, [*split, *_WHOLE_MODEL]).actor_rollout_ref.actor.megatron
+    assert megatron.model_parallel_size == MegatronConfig().model_parallel_size == 1
 
 
 def test_damaged_batches_are_refused_by_name(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -168,7 +169,8 @@ class Fixed:
         return None
 
 
-def drawn(lengths: Sequence[float], *, wanted: int, failing: Sequence[int] = (), concurrency: int = 64) -> Drawn:
+def drawn(lengths: Sequence[float], *, wanted: int, failing: Sequence[int] = (), concurrency: int = 64,
+          work: SharedWork | None = None) -> Drawn:
     """Groups of two whose second member takes ``lengths[task]`` hundredths of a second, and so many tokens."""
 
     async def run(prompt: Prompt, key: TrajectoryId, slot: EpisodeSlot) -> Trajectory:
@@ -184,7 +186,8 @@ def drawn(lengths: Sequence[float], *, wanted: int, failing: Sequence[int] = (),
         step=2, num_samples=2, run=run, stop=stop, owner=0, max_concurrency=concurrency, deadline_s=5.0
     )
     candidates = [(index, Prompt(str(index), ())) for index in range(len(lengths))]
-    return asyncio.run(draw_groups(drawing, Portion(SharedWork(dist.HashStore(), "test"), wanted, candidates)))
+    work = work or SharedWork(dist.HashStore(), "test")
+    return asyncio.run(draw_groups(drawing, Portion(work, wanted, candidates)))
 
 
 def test_a_leader_stops_when_enough_groups_are_complete() -> None:
@@ -205,6 +208,16 @@ def test_groups_wait_for_room_and_failed_ones_do_not_count() -> None:
     assert accept(2, 0, 2, range(2), few.records).accepted == (0, 1)
     with pytest.raises(RuntimeError, match="infrastructure failed in all 4 episodes, first: burned"):
         drawn([1, 1], wanted=2, failing=(0, 1))
+
+
+def test_a_failed_group_is_passed_over_while_others_are_sound_or_were_stopped() -> None:
+    work = SharedWork(dist.HashStore(), "test")
+    work.complete()  # another leader's sound group
+    assert sorted(drawn([1, 1], wanted=3, failing=(0, 1), work=work).groups) == [0, 1]
+    later = SharedWork(dist.HashStore(), "test")
+    threading.Timer(0.2, later.complete).start()
+    result = drawn([1, 400], wanted=1, failing=(0,), work=later)
+    assert sorted(result.groups) == [0] and [record.complete for record in result.records] == [True, False]
 
 
 def test_late_groups_are_named_and_errors_of_the_settings_pass_through() -> None:

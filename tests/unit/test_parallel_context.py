@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_config_checks import HF_CONFIG
+from test_trainer_deal import ALONE
 
+from spear_megatron.cli.build import build_imitation
+from spear_megatron.cli.preflight import print_plan
+from spear_megatron.config.loader import load
+from spear_megatron.config.schema import Config
 from spear_megatron.data.packing import plan_packing
 from spear_megatron.parallel.context import context_chunks, context_multiple, context_positions, gathered_order
 
@@ -51,3 +59,27 @@ def test_a_plan_counts_the_padding_of_sequences() -> None:
     assert plan.token_length in (12, 16) and plan.sequence_multiple == 4 and len(plan.bins) == 2
     with pytest.raises(ValueError, match="A row of 20 tokens"):
         plan_packing([17], max_tokens=19, sequence_multiple=4, length_multiple=4)
+
+
+SPLIT = [f"actor_rollout_ref.actor.megatron.{name}_parallel_size={size}" for name, size in (
+    ("context", 2), ("tensor_model", 3))]  # fmt: skip
+
+
+def test_a_replayed_segment_must_fit_the_padded_budget_of_a_micro_batch(tmp_path: Path) -> None:
+    given = [
+        *SPLIT, "actor_rollout_ref.actor.megatron.sequence_parallel=true", f"trainer.default_local_dir={tmp_path}",
+        "actor_rollout_ref.actor.enable_trajectory_replay=true",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4103",
+    ]  # fmt: skip
+    imitation = build_imitation(load(Config, None, given), ALONE)
+    assert imitation is not None and imitation.buffer._max_tokens == 4103 // 12 * 12 == 4092
+    imitation.buffer.close()
+
+
+def test_the_plan_tells_all_factors_of_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
+    monkeypatch.setenv("WORLD_SIZE", "24")
+    print_plan(load(Config, None, [*SPLIT, f"actor_rollout_ref.model.path={tmp_path}"]))
+    assert "# layout: 24 ranks = tensor 3 x pipeline 1 x context 2 x data 4\n" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -85,8 +86,8 @@ async def own_reward(prompt: Prompt, trajectory: Trajectory) -> RewardParts:
     return dataclasses.replace(trajectory.reward, outcome=trajectory.reward.outcome + 1.0)
 
 
-def episode(engine: Any, environment: Any, prompt: Prompt, slot: EpisodeSlot, reward: Any = own_reward, **sampling: int
-            ) -> Any:
+def episode(engine: Any, environment: Any, prompt: Prompt, slot: EpisodeSlot | None, reward: Any = own_reward,
+            **sampling: int) -> Any:
     return run_episode(
         engine=engine, renderer=tiny_renderer(), environment=environment, reward=reward, prompt=prompt,
         trajectory_id=ID, noise_key=7, limits=LIMITS, sampling=SamplingParams(sampling.get("max_new_tokens", 100)),
@@ -96,7 +97,7 @@ def episode(engine: Any, environment: Any, prompt: Prompt, slot: EpisodeSlot, re
 
 def stored(partial: PartialEpisode) -> PartialEpisode:
     """The partial episode after a checkpoint."""
-    state = encode_held([HeldGroup(2, 5, {}, {1: partial})], ALONE, timeout_s=1.0)
+    state = encode_held([HeldGroup(2, 5, {}, {1: partial})], ALONE, temperature=1.0, timeout_s=1.0)
     ((owner, group),) = decode_held(state, ALONE)
     assert owner == 0 and (group.born, group.task, list(group.partial)) == (2, 5, [1])
     return group.partial[1]
@@ -234,6 +235,43 @@ def test_without_snapshots_an_episode_starts_again() -> None:
     slot = asyncio.run(play())
     assert slot.partial() is None and slot.num_sampled == 2
     assert EpisodeSlot().partial() is None and EpisodeSlot().num_sampled == 0
+
+
+class Stateful(Forgetful):
+    """Answers at once; its state is what the test wants."""
+
+    def __init__(self, state: Any) -> None:
+        self.state, self.asked = state, 0
+
+    def snapshot(self) -> Any:
+        self.asked += 1
+        return self.state if not isinstance(self.state, Exception) else raises(self.state)
+
+    async def restore(self, prompt: Prompt, state: Any) -> None: ...
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [({"at": {1, 2}}, "TypeError: .*set"), (None, "TypeError"), (OSError("no disk"), "OSError: no disk")],
+)
+def test_a_state_that_cannot_be_kept_fails_its_episode_alone(state: Any, text: str) -> None:
+    environment = Stateful(state)
+    trajectory = asyncio.run(episode(TokenEngine(["one"]), environment, SUM, EpisodeSlot()))
+    assert trajectory.stop_reason is StopReason.INFRASTRUCTURE
+    assert re.match(f"environment snapshot: {text}", trajectory.error or "")
+
+
+def test_the_state_is_asked_for_only_where_it_may_be_kept() -> None:
+    for slot, times in ((None, 0), (EpisodeSlot(resumable=False), 0), (EpisodeSlot(), 1)):
+        environment = Stateful({"pair": (1, 2)})
+        assert asyncio.run(episode(TokenEngine(["one"]), environment, SUM, slot)).valid
+        assert environment.asked == times
+    partial = slot.partial() if slot is not None else None
+    assert partial is not None and partial.environment == {"pair": [1, 2]}  # as a checkpoint gives it back
 
 
 def test_the_contract_finds_an_environment_that_restores_something_else() -> None:

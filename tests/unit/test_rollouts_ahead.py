@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -15,21 +16,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer_deal import ALONE
+from test_trainer_deal import ALONE, one_rank_run
 
+from spear_megatron.algorithms.config import AlgorithmConfig
 from spear_megatron.checkpoint.states import encode_state
 from spear_megatron.cli.agents import check_engine_for
 from spear_megatron.config.loader import load
 from spear_megatron.config.schema import Config
 from spear_megatron.data.exchange import decode_records, encode_records
+from spear_megatron.data.index import gather_index
 from spear_megatron.data.trajectory_records import record_to_trajectory, trajectory_to_record
 from spear_megatron.parallel.errors import RunError
-from spear_megatron.rollout.acceptance import GroupRecord, accept
+from spear_megatron.rollout.acceptance import AcceptanceLog, GroupRecord, accept, to_json
 from spear_megatron.rollout.collect import Collected, Collector, Tasks
 from spear_megatron.rollout.engine import SamplingParams
-from spear_megatron.rollout import loop_thread
+from spear_megatron.rollout import collect, loop_thread
 from spear_megatron.rollout.loop_thread import LoopThread
-from spear_megatron.trainer.ahead import Generated, decode_generated, encode_generated
+from spear_megatron.rollout.oversampling import Drawn, Portion
+from spear_megatron.rollout.partial import HeldGroup, PartialEpisode
+from spear_megatron.trainer.ahead import Generated, decode_generated, encode_generated, encode_held
+from spear_megatron.trainer.run import Run
+from spear_megatron.trainer.run_config import TrainerConfig
 from spear_megatron.types import Group, Prompt, RewardParts, Segment, StopReason, Trajectory, TrajectoryId
 
 TASKS = Tasks("train", 3, ((7, Prompt("t7", ())),), 2, SamplingParams(4))
@@ -71,6 +78,32 @@ def test_code_that_blocks_the_loop_does_not_block_the_end(monkeypatch: pytest.Mo
     thread.close()
     assert time.monotonic() - start < 10
     gate.set()
+
+
+def test_closing_goes_on_though_something_blocks_the_loop(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (loop_thread, collect):
+        monkeypatch.setattr(module, "CLOSE_S", 0.05)
+    gate, closed = threading.Event(), list[str]()
+    one, other = collector(gate), collector(gate)
+
+    async def block() -> None:
+        gate.wait(timeout=10)
+
+    async def close() -> None:
+        closed.append("closed")
+
+    assert isinstance(one._runner, LoopThread)
+    blocked = one._runner.submit(block())
+    start = time.monotonic()
+    one.close(close, close)
+    assert time.monotonic() - start < 5 and not closed
+    other.close(close, close)
+    assert closed == ["closed"] * 2
+    assert caplog.text.count("goes on without an answer: nothing came of the thread rollouts within 0.05 s") == 2
+    gate.set()
+    blocked.result(timeout=5)
 
 
 def collector(gate: threading.Event, *, fails: bool = False, background: bool = True) -> Collector:
@@ -157,16 +190,81 @@ def test_a_step_that_waits_survives_a_checkpoint() -> None:
         Group(Prompt(f"t{task}", ()), tuple(make_trajectory(TrajectoryId(5, task, k), 3 + k) for k in range(2)))
         for task in (10, 11)
     ]
-    from spear_megatron.data.index import gather_index
-
     decision = accept(5, 0, 2, [10, 11, 12], [GroupRecord(task, 0, True, False, ((2, True),)) for task in (10, 11)])
     one = Generated(5, 3, Collected(groups, gather_index(groups, ALONE), (decision,)), {"timing_s/gen_ahead": 1.5})
-    state = encode_generated(one, ALONE, timeout_s=1.0)
+    state = encode_generated(one, ALONE, temperature=0.7, timeout_s=1.0)
     entry, _ = encode_state("ahead", state)
     again = decode_generated(state, ALONE, lambda index: Prompt(f"t{index}", ()))
     assert entry.path.endswith(".pt") and equal(again.collected.groups, groups)
     assert again.collected.index == one.collected.index and again.collected.acceptances == (decision,)
     assert (again.step, again.version, again.metrics) == (5, 3, {"timing_s/gen_ahead": 1.5})
+
+
+def drawing_collector(decisions: AcceptanceLog) -> Collector:
+    """Collects what it is told to draw, in groups of one."""
+
+    async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
+        raise AssertionError
+
+    async def run_drawn(tasks: Tasks, portion: Portion) -> Drawn:
+        free = {i: Group(p, (make_trajectory(TrajectoryId(tasks.step, i, 0)),)) for i, p in portion.candidates}
+        return Drawn(free, [])
+
+    return Collector(
+        ALONE, run_groups, leaders=[0], timeout_s=60.0, run_drawn=run_drawn, decisions=decisions
+    )
+
+
+def test_a_step_that_is_repeated_lets_go_what_its_record_let_expire() -> None:
+    ended = ((2, True),)
+    records = [
+        GroupRecord(7, 0, False, False, ((3, False),), born=2), GroupRecord(9, 0, True, False, ended),
+        GroupRecord(8, 0, False, False, ((3, False),), born=4, held=True),
+    ]  # fmt: skip
+    decision = accept(5, 0, 1, [7, 8, 9, 10], records)
+    assert decision.accepted == (9,) and decision.held == {8: 0}
+    one = drawing_collector(AcceptanceLog([to_json(decision)]))
+    waiting = {task: HeldGroup(born, task, {0: make_trajectory(TrajectoryId(born, task, 0))})
+               for task, born in ((7, 2), (8, 4), (20, 4))}  # fmt: skip
+    one.hold([(0, group) for group in waiting.values()])
+    prompts = tuple((task, Prompt(f"t{task}", ())) for task in (7, 8, 9, 10))
+    collected = one.collect(Tasks("train", 5, prompts, 1, SamplingParams(4), wanted=1))
+    assert [row.id.task for row in collected.index] == [9]
+    assert one.held == [waiting[8], waiting[20]]  # 20 was no candidate
+    one.close()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "limit", "ahead", "reason"),
+    [(0.7, 8, 1, None), (0.7, 4, 1, None), (1.0, 8, 1, "rollout.temperature was 0.7 and is 1.0: "),
+     (0.7, 3, 1, "4 tokens of one segment exceed .* = 3: "), (0.7, 8, 0, "trainer.async=0: ")],
+)  # fmt: skip
+def test_what_waited_is_taken_up_only_where_it_fits(
+    temperature: float, limit: int, ahead: int, reason: str | None
+) -> None:
+    group = Group(Prompt("t7", ()), tuple(make_trajectory(TrajectoryId(5, 7, k), 3 + k) for k in range(2)))
+    partial = PartialEpisode(make_trajectory(TrajectoryId(4, 8, 0), 4), {}, "turn", 2)
+    held = HeldGroup(4, 8, {}, {0: partial})
+    generated = Generated(5, 3, Collected([group], gather_index([group], ALONE)))
+    states = {
+        "ahead": encode_generated(generated, ALONE, temperature=0.7, timeout_s=1.0),
+        "held": encode_held([held], ALONE, temperature=0.7, timeout_s=1.0),
+    }
+    back, kept = list[int](), list[Any]()
+    prompts = SimpleNamespace(at=lambda index: Prompt(f"t{index}", ()), give_back=back.extend)
+    parts: Any = SimpleNamespace(
+        parallel=ALONE, imitation=None, prompts=prompts, collector=SimpleNamespace(hold=kept.extend)
+    )
+    plain, sampling = one_rank_run().settings, SamplingParams(8, temperature=temperature)
+    changed = dataclasses.replace(plain, sampling=sampling, max_segment_length=limit, partial_rollout=True)
+    run = Run(parts=parts, settings=changed, trainer=TrainerConfig(async_=ahead), algorithm=AlgorithmConfig())
+    run._restore_rollouts(states)
+    assert (run._ahead is not None) == (reason is None) and back == ([] if reason is None else [7])
+    fits = reason is None or not ahead
+    assert [(owner, group.task) for owner, group in kept] == ([(0, 8)] if fits else [])
+    assert len(run._notes) == (0 if reason is None else 1 if fits else 2)
+    for note, what in zip(reversed(run._notes), ("1 groups that were rolled out ahead", "1 groups that were to go on")):
+        assert re.search(f"{reason}{what}", note)
 
 
 def test_an_engine_without_weights_of_its_own_cannot_run_ahead() -> None:

@@ -248,6 +248,19 @@ def test_view_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], option
     assert all(part in text for part in parts), text
 
 
+def test_a_trajectory_is_found_in_the_step_that_trained_on_it(tmp_path: Path) -> None:
+    store = TrajectoryStore(tmp_path, 8, decode)
+    for step, began in ((1, 1), (4, 2), (5, 5)):  # the groups of step 2 were stopped and went on in step 4
+        store.write(step, groups(began), {})
+    for key in (TrajectoryId(2, 1, 0), TrajectoryId(5, 0, 1), TrajectoryId(1, 2, 1)):
+        assert view.find(str(tmp_path), key, "train").trajectory.id == key
+    with pytest.raises(ValueError, match="kept of step 1: 1-0-0"):
+        view.find(str(tmp_path), TrajectoryId(1, 7, 7), "train")
+    with pytest.raises(FileNotFoundError):
+        view.find(str(tmp_path), TrajectoryId(3, 0, 0), "train")
+    assert view.find_kept(str(tmp_path), TrajectoryId(3, 0, 0)) is None
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
