@@ -132,6 +132,7 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
             engine_metrics=agents.take_metrics if config.actor_rollout_ref.rollout.name == "sglang" else None,
         )
         run = Run(parts=parts, settings=step_settings(config), trainer=config.trainer, algorithm=config.algorithm)
+        stack.callback(run.watch.close)
         resume_step = run.restore()
         recorder = stack.enter_context(open_record(config, parallel, resume_step))
         trajectories = _open_trajectories(config, parallel, renderer, resume_step)
