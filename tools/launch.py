@@ -5,6 +5,7 @@
 torchrun alone answers SIGTERM by giving its workers 30 s before it kills them, and exits with 1 though they saved. Here
 torchrun never sees SIGTERM or SIGUSR1: they go to the workers, again every few seconds because a worker that still
 imports ignores them, and torchrun ends as its workers do. Everything is killed once the grace has passed.
+In every argument ``{node}`` becomes the name of this node (SLURMD_NODENAME, else the host name).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give torchrun's own arguments after --")
     split = arguments.index("--")
     args = parser.parse_args(arguments[:split])
-    return Launcher(arguments[split + 1 :], args.grace_s).wait()
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    return Launcher([text.replace("{node}", node) for text in arguments[split + 1 :]], args.grace_s).wait()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python tools/ray_fleet.py --address node-8:6379 --nodes 8 --servers-per-node 2 --tp 4
 
-Every server is a task of a Ray actor that holds its GPUs, on port SERVER_PORT + its place on the node; a server that ends
-is started again there, so that its URL stays. What it runs comes from the environment, as for server.sh: MODEL,
+Every server is a task of a Ray actor that holds its GPUs, on port SERVER_PORT + its place on the node; a server that
+ends is started again there, so that its URL stays. What it runs comes from the environment, as for server.sh: MODEL,
 SERVER_PROGRAM, SERVER_PORT, SERVER_OPTIONS, SERVER_RESTARTS. Ray must be installed (pip install ray).
 """
 

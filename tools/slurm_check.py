@@ -2,9 +2,9 @@
 
     python tools/slurm_check.py [colocated] [disaggregated]
 
-Starts munged (if none runs), slurmctld and two slurmd with their files in --work, submits each script with a tiny model,
-CPU ranks and servers that speak SGLang's HTTP without a model, sends the batch shell SIGTERM after the second step, and
-checks that the job saved, went back to the queue, continued in the same run directory to the last step, and left one
+Starts munged (if none runs), slurmctld and two slurmd with their files in --work, submits each script with a tiny
+model, CPU ranks and servers that speak SGLang's HTTP without a model, sends the batch shell SIGTERM after the second
+step, and checks that the job saved, went back to the queue, continued in the same run directory to the last step, and left one
 log folder per attempt. Needs root and the packages slurmctld, slurmd, slurm-client and munge.
 """
 

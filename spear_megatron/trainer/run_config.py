@@ -75,7 +75,7 @@ class TrainerConfig:
 
     def _check_hang(self) -> None:
         if not 0 <= self.hang_timeout_s < math.inf:
-            raise ValueError(f"trainer.hang_timeout_s must be 0 (off) or a number of seconds, got {self.hang_timeout_s}")
+            raise ValueError(f"trainer.hang_timeout_s must be seconds, or 0 for off, got {self.hang_timeout_s}")
         longest = max(self.collect_timeout_s, self.collective_timeout_s)
         if self.hang_action == "stop" and 0 < self.hang_timeout_s <= longest:
             raise ValueError(

@@ -83,7 +83,14 @@ def refused_on_one_rank() -> Any:
     optimizer = SimpleNamespace(apply=lambda norm, advance_schedule: applied.append(norm))
     actor: Any = SimpleNamespace(_parallel=parallel, optimizer=optimizer)
     figures = StepFigures({"loss": 1.0}, {})
-    verdict = Actor._apply(actor, figures, 2.0, True, lambda loss, norm: (loss, norm) == (1.0, 2.0) and not parallel.rank)
+    told = list[tuple[float, float]]()
+
+    def approve(loss: float, norm: float) -> bool:
+        told.append((loss, norm))
+        return parallel.rank == 0
+
+    verdict = Actor._apply(actor, figures, 2.0, True, approve)
+    assert told == [(1.0, 2.0)]
     agreed = Actor._apply(actor, figures, 3.0, True, lambda loss, norm: True)
     return verdict, agreed, applied, torch.is_grad_enabled()
 

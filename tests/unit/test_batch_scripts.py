@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60.0
-# Ranks save on SIGUSR1 and srun ends with their code; servers run until srun is told to end; --signal reaches nobody else.
+# Ranks save on SIGUSR1 and srun ends with their code; servers run until srun is told to end.
 SRUN = """#!/bin/bash
 case " $* " in
     *" --job-name=train "*)
@@ -106,6 +106,13 @@ def test_a_colocated_job_uses_all_nodes_for_both(tmp_path: Path) -> None:
     assert len(job.note("waited").split("http://")) == 1 + 8
 
 
+def test_a_run_that_starts_its_own_servers_gets_none_from_the_script(tmp_path: Path) -> None:
+    job = Job(tmp_path, "colocated.sbatch", TRAIN_ENDS="1", FLEET="run", MODEL="")
+    assert job.end()[0] == 0 and not job.note("servers") and not job.note("waited")
+    assert "servers=" not in job.note("train") and "model.path" not in job.note("train")
+    assert "sglang.launch.host={node}" in job.note("train")
+
+
 def test_a_ray_fleet_starts_one_task_per_node(tmp_path: Path) -> None:
     job = Job(tmp_path, "disaggregated.sbatch", TRAIN_ENDS="1", FLEET="ray", TRAIN_NODES="1")
     assert job.end()[0] == 0
@@ -161,10 +168,18 @@ def test_what_a_stop_signal_does_not_requeue(tmp_path: Path, settings: dict[str,
     assert found == code and text in output and not job.note("requeued")
 
 
-@pytest.mark.parametrize("settings", [{"TRAIN_NODES": "4"}, {"FLEET": "k8s"}])
-def test_bad_settings_are_named(tmp_path: Path, settings: dict[str, str]) -> None:
-    code, output = Job(tmp_path, "disaggregated.sbatch", **settings).end()
-    assert code == 2 and next(iter(settings)) in output
+@pytest.mark.parametrize(
+    ("script", "settings"),
+    [
+        ("disaggregated.sbatch", {"TRAIN_NODES": "4"}), ("disaggregated.sbatch", {"FLEET": "k8s"}),
+        ("disaggregated.sbatch", {"MODEL": ""}), ("colocated.sbatch", {"FLEET": "ray"}),
+        ("colocated.sbatch", {"MODEL": ""}),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named(tmp_path: Path, script: str, settings: dict[str, str]) -> None:
+    job = Job(tmp_path, script, **settings)
+    code, output = job.end()
+    assert code != 0 and next(iter(settings)) in output and not job.note("train")
 
 
 def run_server(tmp_path: Path, seconds: float = 20.0) -> Callable[..., str]:
@@ -177,7 +192,8 @@ def run_server(tmp_path: Path, seconds: float = 20.0) -> Callable[..., str]:
         program.chmod(0o755)
         environment = {
             "PATH": os.environ["PATH"], "SERVER_PROGRAM": str(program), "MODEL": "/models/m", "SERVER_TP": "4",
-            "SERVER_PORT": "30000", "SERVER_OPTIONS": "--tp 4", "SERVER_RESTARTS": "0", "SLURM_LOCALID": "1", **settings,
+            "SERVER_PORT": "30000", "SERVER_OPTIONS": "--tp 4", "SERVER_RESTARTS": "0", "SLURM_LOCALID": "1",
+            **settings,
         }  # fmt: skip
         command = ["bash", str(ROOT / "examples" / "slurm" / "server.sh")]
         done = subprocess.run(command, env=environment, capture_output=True, timeout=seconds, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.util
 import re
 import signal
 import subprocess
@@ -118,3 +119,23 @@ def test_the_wait_ends_with_the_process_that_runs_the_servers() -> None:
         ended.wait()
         done = wait_ready("--deadline-s", "600", "--pid", str(ended.pid), "http://127.0.0.1:9")
     assert done.returncode == 1 and f"process {ended.pid} ended" in done.stderr
+
+
+def test_the_name_of_the_node_is_put_into_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("launch_under_test", ROOT / "tools" / "launch.py")
+    assert spec is not None and spec.loader is not None
+    launch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launch)
+    seen: list[list[str]] = []
+
+    class Recorded:
+        def __init__(self, arguments: list[str], grace_s: float) -> None:
+            seen.append(arguments)
+
+        def wait(self) -> int:
+            return 5
+
+    monkeypatch.setattr(launch, "Launcher", Recorded)
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    assert launch.main(["--", "-m", "x", "a.host={node}", "args={key: 1}"]) == 5
+    assert seen == [["-m", "x", "a.host=n7", "args={key: 1}"]]
