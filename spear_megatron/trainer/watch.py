@@ -25,7 +25,7 @@ class Watch:
     def __init__(self, trainer: TrainerConfig, parallel: ParallelState) -> None:
         self._trainer, self._parallel = trainer, parallel
         self._file = HeartbeatFile(trainer.default_local_dir, parallel.rank)
-        self._memory = MemoryMeter(cuda=parallel.platform.is_cuda)
+        self._memory: MemoryMeter | None = None
         self._busy: dict[str, float] = {}
         self._step = 0
         self._phase = "start"
@@ -36,6 +36,7 @@ class Watch:
     def start(self) -> None:
         """Write the first sign and start the watchdog, if there is one."""
         trainer, self._started = self._trainer, True
+        self._memory = MemoryMeter(cuda=self._parallel.platform.is_cuda)
         if trainer.hang_timeout_s > 0:
             self._watchdog = Watchdog(
                 trainer.default_local_dir, self._parallel.rank, trainer.hang_timeout_s, trainer.hang_action
@@ -71,6 +72,9 @@ class Watch:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Follow one phase; phases do not nest."""
+        if self._memory is None:
+            yield
+            return
         self._mark(name)
         waited, start = self._parallel.waits.seconds, time.perf_counter()
         try:
@@ -84,7 +88,7 @@ class Watch:
 
     def take(self, step_s: float) -> dict[str, float]:
         """Stragglers and peak memory since the last call, over all ranks. Collective."""
-        own = (self._busy, self._memory.take())
+        own = (self._busy, self._memory.take() if self._memory is not None else {})
         self._busy = {}
         parts = gather_objects(self._parallel, own)
         peaks: dict[str, float] = {}

@@ -59,9 +59,11 @@ def slow_rank(run_dir: str) -> dict[str, float]:
 
     parallel = initialize()
     watch = Watch(TrainerConfig(default_local_dir=run_dir), parallel)
+    watch.start()
     with watch.phase("pack"):
         time.sleep(0.3 * parallel.rank + 0.05)
         gather_objects(parallel, None)
+    watch.close()
     return watch.take(0.4)
 
 

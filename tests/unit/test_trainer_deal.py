@@ -24,7 +24,7 @@ from spear_megatron.types import Group, Prompt, RewardParts, Row, Segment, StopR
 PROMPT_LENGTH = 3
 INFRASTRUCTURE = -1
 ALONE: Any = SimpleNamespace(
-    rank=0, world_size=1, is_leader=True, leader_rank=0, dp_rank=0, dp_size=1, tp_size=1, pp_size=1
+    rank=0, world_size=1, is_leader=True, leader_rank=0, dp_rank=0, dp_size=1, tp_size=1, pp_size=1, model_size=1
 )
 
 
