@@ -4,8 +4,8 @@
 
 Starts munged (if none runs), slurmctld and two slurmd with their files in --work, submits each script with a tiny
 model, CPU ranks and servers that speak SGLang's HTTP without a model, sends the batch shell SIGTERM after the second
-step, and checks that the job saved, went back to the queue, continued in the same run directory to the last step, and left one
-log folder per attempt. Needs root and the packages slurmctld, slurmd, slurm-client and munge.
+step, and checks that the job saved, went back to the queue, continued in the same run directory to the last step, and
+left one log folder per attempt. Needs root and the packages slurmctld, slurmd, slurm-client and munge.
 """
 
 from __future__ import annotations
