@@ -81,17 +81,17 @@ def explain(error: Exception) -> int:
     if isinstance(error, (ValueError, *files)):
         return complain(f"error: {text}", 2)
     if isinstance(error, (RunError, EngineError)):
-        return complain(f"error: {text}", 1)
+        return complain(f"error: {text}", 1, topic=getattr(error, "topic", None))
     if lost_a_peer(error):
         return complain("error: the connection to another rank broke; the message of that rank says why", 1)
     raise error
 
 
-def complain(text: str, code: int) -> int:
-    """Print ``text`` on standard error unless another rank did, and return ``code``."""
+def complain(text: str, code: int, topic: str | None = None) -> int:
+    """Print ``text`` on standard error unless another rank did, or said something on ``topic``; return ``code``."""
     from spear_megatron.parallel.once import is_first_to_say
 
-    if is_first_to_say(text):
+    if is_first_to_say(topic or text):
         print(text, file=sys.stderr, flush=True)
     return code
 

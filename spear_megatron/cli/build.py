@@ -142,6 +142,7 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
             to_training=publishing.to_training,
         )
         run = Run(parts=parts, settings=step_settings(config), trainer=config.trainer, algorithm=config.algorithm)
+        stack.callback(run.watch.close)
         publishing.to_training()  # servers on the same GPUs make room for the optimizer's states of a checkpoint
         resume_step = run.restore()
         recorder = stack.enter_context(open_record(config, parallel, resume_step))

@@ -51,6 +51,9 @@ def default_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
 class StopFlag:
     """Set by SIGTERM or SIGUSR1 (what schedulers send before the end); read at step boundaries."""
 
@@ -59,8 +62,15 @@ class StopFlag:
 
     def install(self) -> None:
         """Handle the signals from now on."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in _STOP_SIGNALS:
             signal.signal(number, self._handle)
+
+    def retire(self) -> None:
+        """After a stop that was asked for: a repeated signal must not kill the process while the interpreter ends,
+        where Python's own handlers are gone already."""
+        if self.requested:
+            for number in _STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

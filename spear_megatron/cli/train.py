@@ -43,4 +43,5 @@ def run(args: argparse.Namespace) -> int:
         if run.progress.step:
             run.parts.recorder.message(f"continuing after step {run.progress.step}")
         train(run)
+    stop.retire()
     return 0

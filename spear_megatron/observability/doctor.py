@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from spear_megatron.observability import patterns_machine as machine
 from spear_megatron.observability import patterns_mismatch as mismatch
 from spear_megatron.observability import patterns_policy as policy
 from spear_megatron.observability import patterns_replay as replay
@@ -33,6 +34,8 @@ CHECKS: tuple[Callable[[Record], Finding | None], ...] = (
     rollout.length_clip,
     rollout.length_explosion,
     rollout.dominant_phase,
+    machine.straggler,
+    machine.loss_spikes,
     replay.never_replayed,
     replay.replay_without_weight,
     replay.covariance_selects_nothing,
@@ -49,7 +52,8 @@ def diagnose_run(run_dir: str | Path) -> list[Finding]:
         FileNotFoundError: the folder has no record.
         ValueError: the record is damaged.
     """
-    return diagnose_record(read_record(run_dir))
+    hung = machine.hangs(run_dir)
+    return ([hung] if hung is not None else []) + diagnose_record(read_record(run_dir))
 
 
 def diagnose_record(record: Record) -> list[Finding]:

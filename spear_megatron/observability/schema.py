@@ -66,6 +66,8 @@ _TRAINING = (
     Metric("training/num_optimizer_steps", "optimizer steps taken in this step", "steps"),
     Metric("training/skipped_steps", "optimizer steps skipped so far because nothing was left to learn from", "steps"),
     Metric("training/nonfinite_steps", "optimizer steps skipped so far for a non-finite loss or gradient", "steps"),
+    Metric("training/loss_spikes", "optimizer steps so far above trainer.loss_spike.factor times the usual", "steps"),
+    Metric("training/spike_ratio", "largest trainer.loss_spike.metric of the step over its running median", "ratio"),
     Metric("training/policy_version", "version of the weights that sampled this step", "version"),
 )
 
@@ -92,6 +94,9 @@ _PERF = (
     Metric("perf/gen_throughput", "sampled tokens per second of rollouts, all ranks", "tokens/s"),
     Metric("perf/update_throughput", "tokens per second of the update, all ranks", "tokens/s"),
     Metric("perf/imbalance", "largest load of a data-parallel rank over the mean, minus 1", "ratio"),
+    Metric("perf/straggler/<phase>", "own seconds of the slowest rank over the median rank, without waits", "ratio"),
+    Metric("perf/slowest_rank/<phase>", "the rank with the most seconds of its own in the phase", "rank"),
+    Metric("perf/memory/<phase>", "largest peak of a rank: CUDA allocator, or resident set without a device", "MiB"),
 )
 
 _FIGURES = (

@@ -62,7 +62,8 @@ def gather_objects(parallel: ParallelState, value: T) -> list[T]:
     if parallel.world_size == 1:
         return [value]
     values: list[Any] = [None] * parallel.world_size
-    dist.all_gather_object(values, value, group=parallel.cpu_group)
+    with parallel.waits.waiting():
+        dist.all_gather_object(values, value, group=parallel.cpu_group)
     return values
 
 
@@ -99,6 +100,11 @@ def wait_for_leaders(parallel: ParallelState, phase: str, leaders: list[int], ti
     Raises:
         RunTimeout: names the phase, the leader and what was last heard of it.
     """
+    with parallel.waits.waiting():
+        _wait_for_leaders(parallel, phase, leaders, timeout_s)
+
+
+def _wait_for_leaders(parallel: ParallelState, phase: str, leaders: list[int], timeout_s: float) -> None:
     start = time.monotonic()
     for leader in leaders:
         key = f"{phase}/{leader}"

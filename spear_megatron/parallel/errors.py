@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 
@@ -11,7 +12,12 @@ class RunError(RuntimeError):
 
 
 class RunTimeout(RunError, TimeoutError):
-    """A wait passed its deadline; the message names phase, rank and what was waited for."""
+    """A wait passed its deadline; the message names phase, rank and what was waited for.
+
+    ``topic``: what ranks that give up together have in common; one of them says it for all.
+    """
+
+    topic = "a wait passed its deadline"
 
 
 @contextlib.contextmanager
@@ -25,7 +31,7 @@ def named_waits(where: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "Timed out waiting" in str(error):  # gloo; NCCL's watchdog ends the process and names the collective
-            reason = str(error).splitlines()[0]
+            reason = re.sub(r"\[\S+\.cc:\d+\]\s*", "", str(error).splitlines()[0])
             raise RunTimeout(f"{where}: other ranks did not answer in time ({reason})") from error
         raise
 

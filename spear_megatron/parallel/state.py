@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from spear_megatron.device.platform import Platform, detect_platform
+from spear_megatron.parallel.waits import WaitClock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class ParallelState:
     ``model_group`` holds the tp * cp * pp ranks that work on the same rows; its leader (tp_rank 0, cp_rank 0, pp_rank
     0) is ``leader_rank``. ``leader_group`` (gloo) holds the leaders of all data-parallel ranks, and is None elsewhere.
     ``cpu_group`` (gloo) holds every rank: it moves Python objects and CPU tensors. ``store`` is the key-value store
-    of the whole job. Only the main thread may use a group; the store may be used from any thread.
+    of the whole job. Only the main thread may use a group; the store may be used from any thread. ``waits`` counts
+    what this rank waits for others on the host.
     """
 
     platform: Platform
@@ -43,6 +45,7 @@ class ParallelState:
     cpu_group: dist.ProcessGroup
     leader_rank: int
     store: dist.Store
+    waits: WaitClock = field(default_factory=WaitClock)
 
     @property
     def is_leader(self) -> bool:

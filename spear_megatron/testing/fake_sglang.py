@@ -46,6 +46,7 @@ class FakeSGLang:
         seconds_per_token: time that a token takes.
         version: of SGLang; without spans of weight versions before 0.5.20, without update sessions before 0.5.21.
         faults: what goes wrong with the first requests, in order of arrival; None for nothing.
+        host, port: where it listens; port 0 takes a free one.
 
     Attributes:
         received: (rid, input ids) of every /generate, refused ones included.
@@ -71,7 +72,10 @@ class FakeSGLang:
         version: str = "0.5.21",
         weight_version: str = "default",
         faults: Sequence[Fault | None] = (),
+        host: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
+        self._host, self._port = host, port
         self.vocab_size, self.context_length, self.eos_token_id = vocab_size, context_length, eos_token_id
         self.seconds_per_token, self.version, self.weight_version = seconds_per_token, version, weight_version
         self.faults = list(faults)
@@ -95,12 +99,11 @@ class FakeSGLang:
         self._unpaused.set()
         self._session = False
         self._runner: web.AppRunner | None = None
-        self._port = 0
 
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self._host}:{self._port}"
 
     async def __aenter__(self) -> FakeSGLang:
         await self.start()
@@ -124,7 +127,7 @@ class FakeSGLang:
         app.router.add_post("/update_weights_from_tensor", self._update)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        site = web.TCPSite(self._runner, self._host, self._port, reuse_address=True)
         await site.start()
         assert site._server is not None
         self._port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ class UpdateResult:
 
     Attributes:
         skipped: None, or why weights, optimizer and schedule are untouched on every rank: ``nonfinite`` (loss or
-            gradient) or ``empty`` (no sampled token anywhere).
+            gradient), ``empty`` (no sampled token anywhere) or ``refused`` (by the caller).
         metrics: figures over all ranks; loss and gradient norm may be non-finite when skipped.
         used: tokens under covariance regularisation and token weight of each replayed trajectory.
         log_probs: float32 [n] per row, before the update: first of the rows, then of the replayed ones; None unless
@@ -136,6 +136,7 @@ class Actor:
         key: UpdateKey = UpdateKey(),
         advance_schedule: bool = True,
         keep_log_probs: bool = False,
+        approve: Callable[[float, float], bool] | None = None,
     ) -> UpdateResult:
         """One optimizer step on the rows of one mini-batch and, with ``replay``, on replayed rows.
 
@@ -146,6 +147,7 @@ class Actor:
             key: names the optimizer step, for its random draws.
             advance_schedule: count the step in the learning-rate schedule.
             keep_log_probs: hand back the log-probs that the loss was computed with.
+            approve: told the finite (loss, gradient norm), says whether the update is made; one no is enough.
 
         Raises:
             ValueError: a row lacks log-probs that the loss needs.
@@ -154,7 +156,7 @@ class Actor:
         objective, figures, norm = self.policy_gradients(
             rows, on_policy=on_policy, replay=replay, key=key, log_probs=kept if keep_log_probs else None
         )
-        skipped = self._apply(figures, norm, advance_schedule)
+        skipped = self._apply(figures, norm, advance_schedule, approve)
         if skipped == "empty":
             return UpdateResult(skipped, {})
         used = objective.used if skipped is None else {}
@@ -239,12 +241,20 @@ class Actor:
             keep += unpack(batch, values, [item.row for item in rows])
         return reduce_figures([figures for figures, _ in parts], self._parallel), norm
 
-    def _apply(self, figures: StepFigures, norm: float, advance_schedule: bool = True) -> str | None:
+    def _apply(
+        self,
+        figures: StepFigures,
+        norm: float,
+        advance_schedule: bool = True,
+        approve: Callable[[float, float], bool] | None = None,
+    ) -> str | None:
         """Update the weights unless all ranks agree not to; why not, or None."""
         if figures is EMPTY:
             return "empty"
         if agree_any(self._parallel, not (math.isfinite(norm) and math.isfinite(figures.sums["loss"]))):
             return "nonfinite"
+        if approve is not None and agree_any(self._parallel, not approve(figures.sums["loss"], norm)):
+            return "refused"
         with megatron_on_cpu():
             self.optimizer.apply(norm, advance_schedule=advance_schedule)
         return None

@@ -16,13 +16,14 @@ from spear_megatron.data.files import FileEntry
 from spear_megatron.evaluation.run import evaluate
 from spear_megatron.observability.timing import PhaseTimer
 from spear_megatron.parallel.agreement import agree_any, agreed, gather_objects
-from spear_megatron.parallel.errors import named_waits
+from spear_megatron.parallel.errors import RunError, named_waits
 from spear_megatron.rollout.collect import Collected, Tasks
 from spear_megatron.trainer.mismatch_gate import MismatchGate
 from spear_megatron.trainer.metrics import mean_metrics, replay_token_share, rollout_metrics, throughput_metrics
 from spear_megatron.trainer.parts import Parts, Progress, StepSettings
 from spear_megatron.trainer.run_config import TrainerConfig
 from spear_megatron.trainer.scoring import Scores
+from spear_megatron.trainer.watch import Watch
 from spear_megatron.types import TrajectoryId
 
 
@@ -36,8 +37,10 @@ class RunFrame:
     algorithm: AlgorithmConfig
     progress: Progress = field(default_factory=Progress)
     stopping: bool = False
+    stop_reason: str | None = None
 
     def __post_init__(self) -> None:
+        self.watch = Watch(self.trainer, self.parts.parallel)
         self._timer = PhaseTimer()
         self._metrics: dict[str, float] = {}
         self._updates: list[dict[str, float]] = []
@@ -51,6 +54,7 @@ class RunFrame:
 
     def begin(self) -> None:
         """Give the engine the current weights; before the first step, evaluate once."""
+        self.watch.start()
         for note in self._notes:
             self.parts.recorder.message(note)
         self.publish(version=self.progress.step)
@@ -65,6 +69,7 @@ class RunFrame:
         for step in range(self.progress.step + 1, self.trainer.total_training_steps + 1):
             self._metrics, self._updates, self._updates_done, self._used, self._step = {}, [], 0, [], step
             self._measured = False
+            self.watch.begin_step(step)
             if self.parts.imitation is not None:
                 self.parts.imitation.begin_step()
             yield step
@@ -73,7 +78,7 @@ class RunFrame:
     def phase(self, name: str) -> Iterator[None]:
         """Count the seconds of a phase, and name it when other ranks do not answer in it."""
         where = f"rank {self.parts.parallel.rank}, step {self._step}, phase '{name}'"
-        with self._timer.phase(name), named_waits(where):
+        with self._timer.phase(name), self.watch.phase(name), named_waits(where):
             yield
 
     def begin_training(self) -> None:
@@ -134,10 +139,12 @@ class RunFrame:
                 **rollout_metrics(collected.index, scores),
                 **throughput_metrics(collected.index, timings, self.parts.parallel.world_size),
                 **self._engine_metrics(),
+                **self.watch.take(timings["timing_s/step"]),
                 **self._metrics,
                 "training/num_optimizer_steps": float(len(self._updates)),
                 "training/skipped_steps": float(self.progress.skipped_steps),
                 "training/nonfinite_steps": float(self.progress.nonfinite_steps),
+                "training/loss_spikes": float(self.progress.loss_spikes),
                 **timings,
             },
         )
@@ -154,8 +161,9 @@ class RunFrame:
         return figures
 
     def save_if_due(self, step: int) -> None:
-        """Checkpoint when due, after the last step, and when a stop signal reached any rank."""
-        self.stopping = agree_any(self.parts.parallel, self.parts.stop_requested())
+        """Checkpoint when due, after the last step, and when a stop signal reached any rank or the run stops itself."""
+        asked = self.parts.stop_requested() or self.stop_reason is not None
+        self.stopping = agree_any(self.parts.parallel, asked)
         freq = self.trainer.save_freq
         with self.phase("save"):
             if self.stopping or self._is_last(step) or (freq > 0 and step % freq == 0):
@@ -224,14 +232,23 @@ class RunFrame:
         return loaded.step
 
     def finish(self) -> None:
-        """Complete a save under way and, when the run is done, export the model in Hugging Face format."""
+        """Complete a save under way and, when the run is done, export the model in Hugging Face format.
+
+        Raises:
+            RunError: the run stopped itself; the message says why and how to go on.
+        """
         self.parts.checkpoints.wait()
         if self.trainer.save_hf and self._is_last(self.progress.step):
             self.parts.export(Path(self.trainer.default_local_dir) / "hf")
-        if self.stopping:
+        if self.stopping and self.stop_reason is None:
             text = f"stopped by signal after step {self.progress.step}; the same command continues"
             self.parts.recorder.message(text)
         self.parts.recorder.close()
+        if self.stop_reason is not None:
+            raise RunError(
+                f"{self.stop_reason}. Stopped after step {self.progress.step} with a checkpoint: the same command "
+                "continues, with trainer.loss_spike.action=warn over it"
+            )
 
     def _is_last(self, step: int) -> bool:
         return step == self.trainer.total_training_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -90,9 +90,15 @@ class MiniBatch:
 
 @dataclass
 class Progress:
-    """What the loop has to remember across a restart, besides weights, optimizer and prompts."""
+    """What the loop has to remember across a restart, besides weights, optimizer and prompts.
+
+    ``spike_history``: what the loss-spike rule compared last, oldest first; replaced, never changed in place.
+    """
 
     step: int = 0
     skipped_steps: int = 0
     nonfinite_steps: int = 0
     nonfinite_streak: int = 0
+    loss_spikes: int = 0
+    spike_streak: int = 0
+    spike_history: list[float] = field(default_factory=list)

@@ -21,6 +21,7 @@ from spear_megatron.trainer.metrics import filter_metrics
 from spear_megatron.trainer.objective import ReplayTerm, UpdateKey
 from spear_megatron.trainer.parts import MiniBatch
 from spear_megatron.trainer.rollouts import RunRollouts
+from spear_megatron.trainer.spikes import SpikeRule
 from spear_megatron.trainer.scoring import GroupId, Scores, estimate, score
 from spear_megatron.types import Row, TrajectoryId
 
@@ -208,7 +209,9 @@ class Run(RunRollouts):
             key=UpdateKey(step, self._updates_done),
             advance_schedule=self._updates_done % max(len(self._deal.numbers), 1) < own_mini_batches,
             keep_log_probs=not self._measured,
+            approve=lambda loss, norm: self._approve(step, loss, norm),
         )
+        self.watch.beat()
         self._used.append(result.used)
         self._updates_done += 1
         if result.skipped is None:
@@ -216,10 +219,22 @@ class Run(RunRollouts):
             self.progress.nonfinite_streak = 0
             if result.log_probs is not None:
                 self._judge(step, mini_batch.rows, result.log_probs[: len(mini_batch.rows)])
-        elif result.skipped == "empty":
+        elif result.skipped in ("empty", "refused"):
             self.progress.skipped_steps += 1
         else:
             self._count_nonfinite(step, mini_batch, result.log_probs)
+
+    def _approve(self, step: int, loss: float, norm: float) -> bool:
+        """The verdict of ``trainer.loss_spike`` on an update."""
+        verdict = SpikeRule(self.trainer.loss_spike, self.progress).judge(step, loss, norm)
+        if verdict.ratio is not None:
+            name = "training/spike_ratio"
+            self._metrics[name] = max(self._metrics.get(name, 0.0), verdict.ratio)
+        if verdict.text is not None:
+            self.parts.recorder.message(verdict.text)
+        if verdict.text is not None and self.trainer.loss_spike.action == "stop":
+            self.stop_reason = self.stop_reason or verdict.text
+        return verdict.apply
 
     def _count_nonfinite(self, step: int, batch: MiniBatch, log_probs: Sequence[torch.Tensor] | None) -> None:
         self.progress.nonfinite_steps += 1

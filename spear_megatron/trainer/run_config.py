@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
+
+from spear_megatron.trainer.watch_config import LossSpikeConfig, ProfileConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,12 @@ class TrainerConfig:
     """Deadline of every collective."""
     num_threads: int = 0
     """CPU threads per rank; 0 takes the usable cores divided by the local ranks."""
+    hang_timeout_s: float = 3600.0
+    """Seconds without progress of a rank after which the stacks of its threads are written to hang/; 0 never."""
+    hang_action: Literal["dump", "stop"] = "dump"
+    """What a hang leads to: dump: the stacks only; stop: the rank also ends with exit code 3, and with it the job."""
+    loss_spike: LossSpikeConfig = field(default_factory=LossSpikeConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if self.total_training_steps < 1:
@@ -58,12 +67,23 @@ class TrainerConfig:
         for name in ("collect_timeout_s", "collective_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"trainer.{name} must be a positive number of seconds, got {getattr(self, name)}")
+        self._check_hang()
         if self.num_threads < 0 or self.num_logged_trajectories < 0 or self.seed < 0:
             names = "trainer.num_threads, trainer.num_logged_trajectories and trainer.seed"
             raise ValueError(f"{names} must not be negative")
         unknown = set(self.logger) - {"console", "tensorboard"}
         if unknown:
             raise ValueError(f"trainer.logger knows console and tensorboard, not {sorted(unknown)}")
+
+    def _check_hang(self) -> None:
+        if not 0 <= self.hang_timeout_s < math.inf:
+            raise ValueError(f"trainer.hang_timeout_s must be seconds, or 0 for off, got {self.hang_timeout_s}")
+        longest = max(self.collect_timeout_s, self.collective_timeout_s)
+        if self.hang_action == "stop" and 0 < self.hang_timeout_s <= longest:
+            raise ValueError(
+                f"trainer.hang_timeout_s={self.hang_timeout_s:g} with hang_action=stop must exceed collect_timeout_s "
+                f"and collective_timeout_s (the larger is {longest:g}), whose own messages say more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,7 +67,34 @@ def run_forward_backward(
 
     for chunk in chunks:
         chunk.train()
-    return _run(chunks, batch, loss_function, parallel, forward_only=False)
+    with _reduction_is_a_wait(chunks, parallel):
+        return _run(chunks, batch, loss_function, parallel, forward_only=False)
+
+
+@contextlib.contextmanager
+def _reduction_is_a_wait(chunks: Sequence[torch.nn.Module], parallel: ParallelState) -> Iterator[None]:
+    """Count the reduction of the gradients as waiting: a rank that comes early spends its time there."""
+    from megatron.core.utils import get_model_config
+
+    config = get_model_config(chunks[0])
+    finalize = config.finalize_model_grads_func
+
+    def counted(*args: Any, **options: Any) -> None:
+        _synchronize(parallel)
+        with parallel.waits.waiting():
+            finalize(*args, **options)
+            _synchronize(parallel)
+
+    config.finalize_model_grads_func = counted
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finalize
+
+
+def _synchronize(parallel: ParallelState) -> None:
+    if parallel.platform.is_cuda:
+        torch.cuda.synchronize()
 
 
 def run_forward(

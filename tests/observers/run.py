@@ -120,6 +120,38 @@ def threads(config: Config, scratch: Path) -> Any:
         torch.set_num_threads(before)
 
 
+def hang_reports(config: Config, scratch: Path) -> Any:
+    """Stacks that are written, and exit codes that are asked for, when a phase stands still for a second."""
+    import functools
+    import time
+    from unittest import mock
+
+    from spear_megatron.observability.heartbeat import Watchdog
+
+    codes: list[int] = []
+    watchdog = functools.partial(Watchdog, leave=codes.append)
+    with mock.patch("spear_megatron.trainer.watch.Watchdog", watchdog), scripted(config, ScriptedRun()) as run:
+        run.watch.start()
+        with run.phase("gen"):
+            time.sleep(1.0)
+    return sorted(path.name for path in (scratch / "run" / "hang").glob("*")), codes
+
+
+def verdicts(config: Config, scratch: Path) -> Any:
+    """Which of a series of updates are made, and why the run would stop."""
+    series = [(1.0, 1.0)] * 4 + [(1.0, 15.0), (40.0, 1.0), (1.0, 15.0), (1.0, 15.0)]
+    with scripted(config, ScriptedRun()) as run:
+        return [run._approve(1, loss, norm) for loss, norm in series], run.stop_reason
+
+
+def traces(config: Config, scratch: Path) -> Any:
+    """Names of the profiler's traces."""
+    run_scripted(config)
+    return sorted(path.name for path in (scratch / "run" / "profile").glob("*"))
+
+
+_SPIKE = ("trainer.loss_spike.action=skip", "trainer.loss_spike.window=4")
+_SHORT = ("trainer.collect_timeout_s=0.2", "trainer.collective_timeout_s=0.2", "trainer.hang_timeout_s=0.3")
 _KL = ("algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0.1")
 _ADVANTAGES = ("critic/advantages/max", "critic/rewards/mean", "actor/reward_kl_penalty")
 _HANGING = ("env.name=observers.scripted_run:Hanging",)
@@ -148,4 +180,13 @@ OBSERVERS: Observers = {
         figure("training/policy_version"), ("0", "1"), ("algorithm.rollout_correction.mode=tis",)
     ),
     "trainer.num_threads": Observer(threads, ("1", "2")),
+    "trainer.hang_timeout_s": Observer(hang_reports, ("0", "0.2")),
+    "trainer.hang_action": Observer(hang_reports, ("dump", "stop"), _SHORT),
+    "trainer.loss_spike.action": Observer(verdicts, ("skip", "stop"), _SPIKE[1:]),
+    "trainer.loss_spike.metric": Observer(verdicts, ("grad_norm", "loss"), _SPIKE),
+    "trainer.loss_spike.factor": Observer(verdicts, ("10", "20"), _SPIKE),
+    "trainer.loss_spike.window": Observer(verdicts, ("4", "64"), _SPIKE[:1]),
+    "trainer.loss_spike.patience": Observer(verdicts, ("1", "2"), _SPIKE),
+    "trainer.profile.steps": Observer(traces, ("[]", "[1, 2]")),
+    "trainer.profile.ranks": Observer(traces, ("[0]", "[1]"), ("trainer.profile.steps=[1, 2]",)),
 }
