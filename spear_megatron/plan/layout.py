@@ -18,13 +18,18 @@ class Layout:
         world_size: ranks of the whole run.
 
     Raises:
-        ValueError: the sizes do not divide the world.
+        ValueError: the sizes do not divide the world, or there is context parallelism, which is not planned.
     """
 
     megatron: MegatronConfig
     world_size: int
 
     def __post_init__(self) -> None:
+        if self.megatron.context_parallel_size > 1:
+            raise ValueError(
+                f"context_parallel_size={self.megatron.context_parallel_size} is not planned: plan with 1 and read the "
+                "activations as divided by it"
+            )
         if self.world_size < 1 or self.world_size % self.megatron.model_parallel_size:
             raise ValueError(
                 f"world_size={self.world_size} cannot hold models of {self.megatron.model_parallel_size} ranks "

@@ -10,6 +10,7 @@ import torch
 from planned import FULL, MACHINE, RUN, SMALL, layout
 from qwen_sizes import QWEN3_32B, TINY
 
+from spear_megatron.parallel.config import MegatronConfig
 from spear_megatron.plan.activations import in_flight
 from spear_megatron.plan.assess import assess, model_of, rank_kinds
 from spear_megatron.plan.engine import EngineWeights, KVCache
@@ -190,3 +191,8 @@ def test_impossible_machines_and_engines_are_refused() -> None:
         EnginePlan(kind="separate")
     with pytest.raises(ValueError, match="max_num_seqs"):
         EnginePlan(max_num_seqs=0)
+
+
+def test_context_parallelism_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="context_parallel_size=2 is not planned"):
+        Layout(megatron=MegatronConfig(context_parallel_size=2), world_size=4)
