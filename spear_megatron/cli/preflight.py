@@ -59,10 +59,10 @@ def print_plan(config: Config) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     print(to_yaml(config), end="")
     print(f"# model: {shape.architecture}, {shape.num_parameters():,} parameters, {shape.num_layers} layers")
+    context = f"x context {megatron.context_parallel_size} " if megatron.context_parallel_size > 1 else ""
     print(
         f"# layout: {world} ranks = tensor {megatron.tensor_model_parallel_size} x pipeline "
-        f"{megatron.pipeline_model_parallel_size} x context {megatron.context_parallel_size} "
-        f"x data {world // megatron.model_parallel_size}"
+        f"{megatron.pipeline_model_parallel_size} {context}x data {world // megatron.model_parallel_size}"
     )
     print(
         f"# step: {config.data.train_batch_size} prompts x {config.actor_rollout_ref.rollout.n} samples, "

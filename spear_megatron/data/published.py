@@ -97,7 +97,7 @@ def _turns(solution: str) -> list[dict[str, Any]]:
         position = block.end()
         if before == "answer":
             raise Unusable("text after the answer")
-        if _TAG.search(text) is not None:
+        if _TAG.search(text) is not None or _TAG.search(block[2]) is not None:
             raise Unusable("unbalanced tags")
         if (kind == "interpreter") != (before == "code"):
             raise Unusable("code and output do not alternate")

@@ -143,7 +143,7 @@ def compare(result: LoopResult, expected: LoopResult) -> LoopDifference:
         for name, value in figures.items():
             other: Any = result.metrics[step][name]
             # Drift between engine and trainer is a difference itself: compared on the scale of what it is taken of.
-            scale = 1.0 if name.startswith("training/rollout_") else abs(value)
+            scale = 1.0 if name.startswith(("training/rollout_", "mismatch/")) else abs(value)
             distance = abs(other - value) / (RELATIVE * scale + ABSOLUTE)
             if distance > error:
                 error, worst = distance, f"step {step} {name}: {other:.8g} for {value:.8g}"

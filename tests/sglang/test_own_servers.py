@@ -74,7 +74,8 @@ def test_a_run_with_a_server_of_its_own_takes_turns_with_it(tiny_folder: Path, t
     asked = re.findall(r"POST /(\w*memory_occupation|update_weights_from_disk|flush_cache\?timeout)", log)
     update = "update_weights_from_disk"
     turns = [word.partition("_memory")[0] for word in asked if word != "flush_cache?timeout"]
-    assert turns == [update, *["release", "resume", update] * 2]
+    # First of all the servers make room for the optimizer's states of a checkpoint that there might be.
+    assert turns == ["release", "resume", update] * 3
     releases = [index for index, word in enumerate(asked) if word.startswith("release")]
     assert all(asked[index - 1] == "flush_cache?timeout" for index in releases)
     commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]

@@ -12,7 +12,11 @@ from spear_megatron.model.layers import RMSNorm, SDPAttention
 
 def _config(dtype: torch.dtype = torch.float32, sequence_parallel: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
-        params_dtype=dtype, sequence_parallel=sequence_parallel, use_cpu_initialization=True, kv_channels=8
+        params_dtype=dtype,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        kv_channels=8,
+        context_parallel_size=1,
     )
 
 
