@@ -20,15 +20,34 @@ def choose_backend(dtype: torch.dtype, device: torch.device, implementation: str
         RunError: ``implementation="compiled"`` and the compiled kernels are missing or do not fit.
     """
     compiled = _COMPILED.get(device.type)
+    fits = compiled is not None and dtype in compiled.DTYPE_CODES
+    operation = f"token_logprobs for {dtype} on {device.type}"
+    of_cuda = compiled is logprobs_cuda
+    return usable(compiled, implementation, fits=fits, of_cuda=of_cuda, operation=operation) or logprobs_eager
+
+
+def usable(
+    compiled: ModuleType | None, implementation: str, *, fits: bool, of_cuda: bool, operation: str
+) -> ModuleType | None:
+    """``compiled`` where ``implementation`` lets it be used and it can be; None: plain torch, after one warning.
+
+    Args:
+        compiled: the compiled implementation of this kind of device, None if there is none.
+        fits: whether it takes the dtype. of_cuda: whether it stands in the CUDA library.
+        operation: what is asked for, for messages.
+
+    Raises:
+        RunError: ``implementation="compiled"`` and it is missing or does not fit.
+    """
     if implementation == "eager" or (implementation == "auto" and compiled is None):
-        return logprobs_eager
-    if compiled is None or dtype not in compiled.DTYPE_CODES:
-        unfit = f"no compiled token_logprobs for {dtype} on {device.type}"
+        return None
+    if compiled is None or not fits:
+        unfit = f"no compiled {operation}"
     else:
-        unfit = (cuda_library if compiled is logprobs_cuda else extension).missing_reason()
+        unfit = (cuda_library if of_cuda else extension).missing_reason()
         if not unfit:
             return compiled
     if implementation == "compiled":
         raise RunError(unfit)
     extension.warn_slow_path(unfit)
-    return logprobs_eager
+    return None

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spear_megatron.kernels import cuda_library, extension, policy_loss_compiled, policy_loss_cuda
+from spear_megatron.kernels import policy_loss_compiled, policy_loss_cuda
+from spear_megatron.kernels.backends import usable
 from spear_megatron.kernels.policy_loss_compiled import NUM_SUMS, PolicySettings, PolicyTokens
-from spear_megatron.parallel.errors import RunError
 
 _COMPILED: dict[str, ModuleType] = {"cpu": policy_loss_compiled, "cuda": policy_loss_cuda}
 
@@ -26,18 +26,13 @@ def compiled_for(dtype: torch.dtype, device_type: str, implementation: str) -> M
         RunError: ``implementation="compiled"`` and the compiled kernel is missing or does not fit.
     """
     module = _COMPILED.get(device_type)
-    if implementation == "eager" or (implementation == "auto" and module is None):
-        return None
-    if module is None or dtype != torch.float32:
-        unfit = f"no compiled policy_loss for {dtype} on {device_type}"
-    else:
-        unfit = (cuda_library if module is policy_loss_cuda else extension).missing_reason()
-        if not unfit:
-            return module
-    if implementation == "compiled":
-        raise RunError(unfit)
-    extension.warn_slow_path(unfit)
-    return None
+    return usable(
+        module,
+        implementation,
+        fits=dtype == torch.float32,
+        of_cuda=module is policy_loss_cuda,
+        operation=f"policy_loss for {dtype} on {device_type}",
+    )
 
 
 @torch.compiler.assume_constant_result
