@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_hf.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
     for direction in (to_mcore, to_hf):
         direction.add_argument(
-            "--shard-size", type=_size, default="1GB", metavar="SIZE", help="size of the files written (default 1GB)"
+            "--shard-size", type=parse_size, default="1GB", metavar="SIZE", help="size of the files written (default 1GB)"
         )
     verify = directions.add_parser("verify", help="compare a Hugging Face folder and a checkpoint, tensor by tensor")
     verify.add_argument("--hf", type=Path, required=True, metavar="DIR", help="model folder in Hugging Face format")
@@ -63,7 +63,8 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _size(text: str) -> int:
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``500MB`` (ArgumentTypeError for anything else)."""
     match = re.fullmatch(r"(\d+)\s*([KMG]B)?", text.strip().upper())
     if match is None or int(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give a number of bytes, or one with KB, MB or GB")

@@ -16,7 +16,7 @@ from spear_megatron.model.weight_map import EMBEDDING, FINAL_NORM, LAYER_TABLE, 
 
 LAYERS = "decoder.layers."
 # Transformer Engine's name, which is the one written, and that of a norm which is a module of its own.
-_SEPARATE_NORMS = {
+SEPARATE_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
@@ -61,7 +61,7 @@ class GlobalParameter:
         """
         if self.layer is None:
             return ((self.name, None),)
-        names = [self.name, *([_SEPARATE_NORMS[self.name]] if self.name in _SEPARATE_NORMS else [])]
+        names = [self.name, *([SEPARATE_NORMS[self.name]] if self.name in SEPARATE_NORMS else [])]
         stacked = tuple((LAYERS + name, self.layer) for name in names)
         return stacked + tuple((f"{LAYERS}{self.layer}.{name}", None) for name in names)
 
@@ -86,7 +86,7 @@ def global_parameters(shape: ModelShape) -> list[GlobalParameter]:
         return GlobalParameter(name, layer, whole, tuple(sorted(segments, key=lambda segment: segment.start)))
 
     found = [parameter(EMBEDDING, None, ("model.embed_tokens.weight",), "vocab")]
-    written = [name for name in LAYER_TABLE if name not in _SEPARATE_NORMS.values()]
+    written = [name for name in LAYER_TABLE if name not in SEPARATE_NORMS.values()]
     for layer in range(shape.num_layers):
         for name in written:
             hf_names, cut = LAYER_TABLE[name]

@@ -178,7 +178,7 @@ class ToMcore:
             for key, offsets, _, begin, length in record.parts
         ]
         nothing = io.BytesIO()
-        torch.save(None, nothing)
+        torch.save([None], nothing)  # Megatron packs objects in lists
         name = _extra_name(records)
         with files.create(folder / name) as stream:
             for key in extra:
