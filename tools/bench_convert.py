@@ -4,8 +4,8 @@
     python tools/bench_convert.py --gigabytes 0.02 --ranks 1 --kill
 
 Memory is sampled from /proc of every process of a conversion: ``RssAnon`` is what the process itself holds; the peak of
-the resident set also counts pages of mapped files, which the system takes back whenever it likes. ``--kill`` ends the first
-conversion with SIGKILL when half of its files are finished, and starts the same command again.
+the resident set also counts pages of mapped files, which the system takes back whenever it likes. ``--kill`` ends the
+first conversion with SIGKILL in the middle of a file, once one is finished, and starts the same command again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def memory(pid: int) -> tuple[int, int]:
 
 
 def generate(folder: Path, num_bytes: int, shard_bytes: int, seed: int = 0) -> int:
-    """Write a random bfloat16 Qwen3 of about ``num_bytes``, sharded, with an index; returns the bytes of its weights."""
+    """Write a random bfloat16 Qwen3 of about ``num_bytes``, sharded, with an index; returns the weights' bytes."""
     import torch
 
     from spear_megatron.checkpoint.conversion.tensors import pieces, raw_bytes
@@ -149,7 +149,7 @@ def _config(num_bytes: int) -> dict[str, object]:
 
 
 def convert(what: str, ranks: int, arguments: Sequence[str], num_bytes: int, kill_in: Path | None = None) -> Measured:
-    """Run one conversion and watch it; with ``kill_in``, its working folder, kill it halfway.
+    """Run one conversion and watch it; with ``kill_in``, its working folder, kill it on the way.
 
     Raises:
         RuntimeError: it failed; carries what it said.
@@ -165,7 +165,7 @@ def convert(what: str, ranks: int, arguments: Sequence[str], num_bytes: int, kil
     )
     with MemoryWatch(process.pid) as watch:
         if kill_in is not None:
-            _kill_halfway(process, kill_in)
+            _kill_on_the_way(process, kill_in)
         told = process.communicate(timeout=TIMEOUT_S)[0]
     seconds = time.monotonic() - start
     if process.returncode and kill_in is None:
@@ -174,7 +174,7 @@ def convert(what: str, ranks: int, arguments: Sequence[str], num_bytes: int, kil
     return Measured(what, ranks, seconds, rate, watch.peak_anonymous, watch.peak_resident, told.strip().splitlines())
 
 
-def _kill_halfway(process: subprocess.Popen[str], folder: Path) -> None:
+def _kill_on_the_way(process: subprocess.Popen[str], folder: Path) -> None:
     while process.poll() is None:
         written = sum(path.stat().st_size for path in (folder / "out").rglob("*.distcp")) if folder.exists() else 0
         if written and len(list((folder / "files").glob("*.json"))) >= 1:
@@ -246,7 +246,7 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the weights")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of processes to try")
     parser.add_argument("--shard-size", default="1GB")
-    parser.add_argument("--kill", action="store_true", help="kill the first conversion halfway and start it again")
+    parser.add_argument("--kill", action="store_true", help="kill the first conversion and start it again")
     parser.add_argument("--work", type=Path, help="existing folder for three copies of the model (default: temporary)")
     parser.add_argument("--report", type=Path, help="write the measurements as JSON")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """Conversion between a Hugging Face folder and a Megatron checkpoint: bit for bit, streamed, shared by all ranks.
 
-Files of the output are the units of work. Whichever rank is free takes the next one, reads its tensors row by row from the
-mapped source, writes it, reads it back from disk and compares every tensor's checksum with the source's. No model is
-built, and neither the number of ranks nor an interruption changes a byte of the tensors.
+Files of the output are the units of work. Whichever rank is free takes the next one, reads its tensors row by row from
+the mapped source, writes it, reads it back from disk and compares every tensor's checksum with the source's. No model
+is built, and neither the number of ranks nor an interruption changes a byte of the tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from spear_megatron.checkpoint.conversion.to_mcore import STATE, ToMcore
 from spear_megatron.checkpoint.conversion.to_mcore import plan_files as plan_mcore
 from spear_megatron.checkpoint.conversion.torch_dist import TorchDistReader
 from spear_megatron.checkpoint.conversion.workspace import Record, Workspace, check_new
-from spear_megatron.checkpoint.manifest import Manifest, check_files
+from spear_megatron.checkpoint.locate import checkpoint_folders
+from spear_megatron.checkpoint.manifest import Manifest, check_files, read_manifest
+from spear_megatron.checkpoint.states import decode_states
+from spear_megatron.checkpoint.store import step_name
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.device.platform import Platform
 from spear_megatron.model.global_map import global_parameters, segments_of
@@ -47,7 +50,7 @@ SHARD_BYTES = 10**9
 """Default size of the files written, and with it of what an interruption can cost."""
 OVERHEAD = 1.01
 """Space for indices, tokenizer and records, beside the weights."""
-STEP_NAME = "step_00000000"
+STEP_NAME = step_name(0)
 
 
 class _File(Protocol):
@@ -68,8 +71,8 @@ def hf_to_mcore(
 ) -> Path:
     """Write the weights of a Hugging Face folder, its config and its tokenizer as a checkpoint of step 0 in ``out``.
 
-    Started under ``torchrun``, the ranks share the work (collective). Called again after an interruption it goes on with
-    the files that are missing; called again after the end it says so.
+    Started under ``torchrun``, the ranks share the work (collective). Called again after an interruption it goes on
+    with the files that are missing; called again after the end it says so.
 
     Args:
         tp, pp: the layout it is meant for: checked against the model and recorded. A checkpoint loads at any layout,
@@ -142,9 +145,9 @@ def mcore_to_hf(
     with _crew(say) as crew:
         source = find_source(mcore, hf_config, _shared_check(crew))
         shape = ModelShape.from_folder(source.config)
-        if source.folder == source.sharded:
+        if source.by_megatron_lm:
             check_arguments(source.folder, shape)
-        reader = TorchDistReader.open(source.sharded)
+        reader = TorchDistReader.open(source.sharded, check_crc=source.by_megatron_lm)
         dtype = reader.check(global_parameters(shape))
         if source.conversion:
             dtype = getattr(torch, source.conversion["dtype"])
@@ -188,21 +191,21 @@ def verify(
     with _crew(say) as crew, weights, crew.progress("verify", total_bytes) as count:
         mine = names[crew.parallel.rank :: crew.parallel.world_size]
 
-        def hashes() -> dict[str, tuple[str, str]]:
-            theirs: Callable[[str], str] = (recorded or {}).get  # type: ignore[assignment]
-            if mcore is not None:
-                source = find_source(mcore, hf_config or hf, None)
-                reader = TorchDistReader.open(source.sharded)
-                reader.check(global_parameters(shape))
-                places = segments_of(global_parameters(shape))
-                theirs = lambda name: checksum(from_checkpoint(reader, places[name], dtype), count)  # noqa: E731
-            return {
-                name: (checksum(from_folder(weights, name, shapes[name], dtype.itemsize), count), theirs(name))
-                for name in mine
+        def hashes() -> tuple[dict[str, str], dict[str, str]]:
+            ours = {
+                name: checksum(from_folder(weights, name, shapes[name], dtype.itemsize), count) for name in mine
             }
+            if mcore is None:
+                return ours, {name: value for name, value in (recorded or {}).items() if name in mine}
+            parameters = global_parameters(shape)
+            reader = TorchDistReader.open(find_source(mcore, hf_config or hf, None).sharded)
+            reader.check(parameters)
+            places = segments_of(parameters)
+            return ours, {name: checksum(from_checkpoint(reader, places[name], dtype), count) for name in mine}
 
-        found = {name: pair for part in crew.together("verify", hashes) for name, pair in part.items()}
-    wrong = differing({n: a for n, (a, _) in found.items()}, {n: b for n, (_, b) in found.items()})
+        parts = crew.together("verify", hashes)
+    found, theirs = ({n: v for part in parts for n, v in part[side].items()} for side in (0, 1))
+    wrong = differing(found, theirs)
     if wrong:
         raise ValueError(f"{named(wrong)} of {hf} differ from {mcore or 'the recorded checksums'}")
     return len(found)
@@ -270,10 +273,6 @@ def _is_done(crew: Crew, space: Workspace, job: Callable[[], str | None]) -> boo
 
 
 def _job_of_checkpoint(out: Path) -> str | None:
-    from spear_megatron.checkpoint.locate import checkpoint_folders
-    from spear_megatron.checkpoint.manifest import read_manifest
-    from spear_megatron.checkpoint.states import decode_states
-
     if out / STEP_NAME not in checkpoint_folders(out):
         return None
     conversion = decode_states(out / STEP_NAME, read_manifest(out / STEP_NAME)).get(STATE) or {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_hf.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
     for direction in (to_mcore, to_hf):
         direction.add_argument(
-            "--shard-size", type=parse_size, default="1GB", metavar="SIZE", help="size of the files written (default 1GB)"
+            "--shard-size", type=parse_size, default="1GB", metavar="SIZE", help="size of the files written (1GB)"
         )
     verify = directions.add_parser("verify", help="compare a Hugging Face folder and a checkpoint, tensor by tensor")
     verify.add_argument("--hf", type=Path, required=True, metavar="DIR", help="model folder in Hugging Face format")
@@ -58,8 +59,6 @@ def _say(text: str) -> None:
 
 
 def _is_first_rank() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 

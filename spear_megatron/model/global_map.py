@@ -1,8 +1,8 @@
 """The weight map of the whole model as a Megatron checkpoint stores it, with no tensor or pipeline cut.
 
-A distributed checkpoint holds global tensors. At tensor parallel size 1 every parameter is made of whole rows of Hugging
-Face tensors, so that conversion moves rows and computes nothing. Layers of a kind are stacked: their global tensor has
-the layer as its first dimension.
+A distributed checkpoint holds global tensors. At tensor parallel size 1 every parameter is made of whole rows of
+Hugging Face tensors, so that conversion moves rows and computes nothing. Layers of a kind are stacked: their global
+tensor has the layer as its first dimension.
 """
 
 from __future__ import annotations

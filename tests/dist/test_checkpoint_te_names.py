@@ -20,11 +20,13 @@ from test_checkpoint_convert import read, with_tokenizer
 from tiny import make_tiny_hf
 
 from spear_megatron.__main__ import main
+from spear_megatron.checkpoint.conversion.sources import check_arguments
+from spear_megatron.checkpoint.conversion.torch_dist import TorchDistReader
 from spear_megatron.checkpoint.convert import hf_to_mcore, mcore_to_hf
 from spear_megatron.checkpoint.sharded import load_sharded
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.device.platform import Platform
-from spear_megatron.model.global_map import SEPARATE_NORMS
+from spear_megatron.model.global_map import SEPARATE_NORMS, global_parameters
 from spear_megatron.model.hf_io import iter_hf_tensors, load_hf_folder
 from spear_megatron.model.provider import build_model, padded_vocab_size
 from spear_megatron.model.shape import ModelShape
@@ -192,25 +194,32 @@ def test_another_models_config_is_refused(
     hf = make_tiny_hf(tmp_path / "hf", num_layers=2)
     shape = ModelShape.from_folder(hf)
     (tmp_path / "stock").mkdir()
-    from spear_megatron.checkpoint.conversion.sources import check_arguments
-
     noted = {"num_query_groups": 2, "rotary_base": 10000, "kind": _Kind.DENSE} | changes
     torch.save({"args": argparse.Namespace(**noted), "scaling": SCALING_STATE}, tmp_path / "stock" / "common.pt")
     with pytest.raises(ValueError, match=message):
         check_arguments(tmp_path / "stock", shape)
 
 
-def test_a_misshapen_checkpoint_names_the_tensor(tmp_path: Path, parallel: ParallelState) -> None:
+def test_a_misshapen_or_damaged_checkpoint_names_the_tensor(tmp_path: Path, parallel: ParallelState) -> None:
     hf = make_tiny_hf(tmp_path / "hf", num_layers=2)
     shape = ModelShape.from_folder(hf)
     model = build_te_model(shape, 128)
     load_hf_folder([model], shape, hf, parallel)
     save_like_megatron_lm(tmp_path / "stock", model.sharded_state_dict(), shape)
     parallel.destroy()
+    expected = read(hf)["model.layers.1.mlp.down_proj.weight"].numpy().tobytes()
     other = make_tiny_hf(tmp_path / "other", num_layers=2, intermediate_size=64)
     with pytest.raises(ValueError, match=r"linear_fc1\.weight .*shape \[2, 96, 32\].* \[128, 32\] in each layer"):
         mcore_to_hf(tmp_path / "stock", tmp_path / "back", hf_config=other)
     deeper = make_tiny_hf(tmp_path / "deeper", num_layers=3)
-    with pytest.raises(ValueError, match="has 2 layers, but config.json asks for 3|num_layers=2, but config.json says 3"):
+    reader = TorchDistReader.open(tmp_path / "stock" / "iter_0000100")
+    with pytest.raises(ValueError, match="has 2 layers, but config.json asks for 3"):
+        reader.check(global_parameters(ModelShape.from_folder(deeper)))
+    with pytest.raises(ValueError, match="num_layers=2, but config.json says 3"):
         mcore_to_hf(tmp_path / "stock", tmp_path / "back", hf_config=deeper)
     assert not (tmp_path / "back").exists()
+
+    (file,) = [path for path in (tmp_path / "stock" / "iter_0000100").glob("*.distcp") if expected in path.read_bytes()]
+    file.write_bytes(file.read_bytes().replace(expected, bytes([expected[0] ^ 1]) + expected[1:]))
+    with pytest.raises(ValueError, match=r"tensor decoder\.layers\.mlp\.linear_fc2\.weight in .*its CRC-32 differs"):
+        mcore_to_hf(tmp_path / "stock", tmp_path / "back", hf_config=hf)

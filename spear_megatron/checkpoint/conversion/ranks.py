@@ -59,7 +59,8 @@ class Crew:
 
     def on_first(self, phase: str, body: Callable[[], T]) -> T:
         """Run ``body`` on rank 0 alone and give its result to all. Collective; raises as :meth:`together`."""
-        return self.together(phase, lambda: body() if self.parallel.rank == 0 else None)[0]  # type: ignore[return-value]
+        answers = self.together(phase, lambda: [body()] if self.parallel.rank == 0 else [])
+        return answers[0][0]
 
     def claims(self, phase: str, count: int) -> Iterator[int]:
         """Numbers below ``count``, each given to one rank, to whoever asks first; ends early when a rank failed."""

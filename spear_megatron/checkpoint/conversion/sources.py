@@ -19,7 +19,7 @@ from spear_megatron.checkpoint import assets, sharded
 from spear_megatron.checkpoint.conversion.to_mcore import STATE
 from spear_megatron.checkpoint.conversion.torch_dist import METADATA_NAME
 from spear_megatron.checkpoint.locate import CheckFiles, checkpoint_folders, find_checkpoint
-from spear_megatron.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from spear_megatron.checkpoint.manifest import MANIFEST_NAME
 from spear_megatron.checkpoint.states import decode_states
 from spear_megatron.model.shape import ModelShape
 
@@ -59,6 +59,11 @@ class McoreSource:
     identity: str
     conversion: Mapping[str, Any] | None
 
+    @property
+    def by_megatron_lm(self) -> bool:
+        """Whether Megatron-LM's script wrote it, without a manifest."""
+        return self.folder == self.sharded
+
 
 def find_source(path: Path, hf_config: Path | None, check: CheckFiles | None) -> McoreSource:
     """The checkpoint that ``path`` means: a step folder, a folder of checkpoints or a run directory of this package, or
@@ -75,20 +80,17 @@ def find_source(path: Path, hf_config: Path | None, check: CheckFiles | None) ->
     if stock is not None:
         if hf_config is None:
             raise ValueError(
-                f"{stock} was written by Megatron-LM, which keeps no Hugging Face config: give --hf-config DIR, a folder "
-                "with config.json and the tokenizer"
+                f"{stock} was written by Megatron-LM, which keeps no Hugging Face config: give --hf-config DIR, "
+                "a folder with config.json and the tokenizer"
             )
         files = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in stock.iterdir())
         return McoreSource(stock, stock, hf_config, _digest(files), None)
-    if check is not None:
-        folder, manifest = find_checkpoint(path, check)
-    else:
-        folder, manifest = find_checkpoint(path, lambda folder, manifest: [])
+    folder, manifest = find_checkpoint(path, check or (lambda folder, manifest: []))
     config = hf_config or folder / assets.FOLDER
     if not (config / "config.json").is_file():
         raise ValueError(f"{config} has no config.json, so the model cannot be rebuilt: give --hf-config DIR")
     identity = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
-    conversion = decode_states(folder, read_manifest(folder)).get(STATE)
+    conversion = decode_states(folder, manifest).get(STATE)
     return McoreSource(folder, folder / sharded.FOLDER, config, identity, conversion)
 
 

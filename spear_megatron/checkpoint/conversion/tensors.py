@@ -81,7 +81,8 @@ def named(names: Sequence[str]) -> str:
 
 def write_checksums(folder: Path, job: str, tensors: Mapping[str, str]) -> None:
     """Write ``model.checksums.json`` into a Hugging Face folder."""
-    body = {"format": _FORMAT, "version": 1, "job": job, "algorithm": "sha256", "tensors": dict(sorted(tensors.items()))}
+    body: dict[str, Any] = {"format": _FORMAT, "version": 1, "job": job, "algorithm": "sha256"}
+    body["tensors"] = dict(sorted(tensors.items()))
     (folder / CHECKSUMS_NAME).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 

@@ -126,7 +126,7 @@ class ToHF:
 
 
 def header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """Head of a safetensors file of these tensors, one after the other: 8 bytes of length, JSON, spaces up to 8 bytes."""
+    """Head of a safetensors file of these tensors, one after the other: its length in 8 bytes, then padded JSON."""
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

@@ -155,7 +155,9 @@ class ToMcore:
         )
         self._store.commit(0, manifest)
 
-    def _rows(self, parameter: GlobalParameter, start: int, length: int, hashes: dict[str, hashlib._Hash]) -> torch.Tensor:
+    def _rows(
+        self, parameter: GlobalParameter, start: int, length: int, hashes: dict[str, hashlib._Hash]
+    ) -> torch.Tensor:
         rows = torch.zeros(length, *parameter.shape[1:], dtype=self._dtype)
         for segment in parameter.segments:
             low, high = max(start, segment.start), min(start + length, segment.start + segment.length)

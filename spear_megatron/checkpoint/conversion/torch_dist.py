@@ -1,27 +1,60 @@
 """Reads global tensors of a distributed checkpoint by rows, straight out of the mapped files.
 
 ``torch.distributed.checkpoint`` reads record by record into memory, which for the embedding of a large model means
-gigabytes. A record is a file written by ``torch.save``: its tensor lies in one piece, uncompressed, so that the file can be
-mapped and rows copied out of it; mapped pages belong to the file, not to this process.
+gigabytes. A record is a file written by ``torch.save``: its tensor lies in one piece, uncompressed, so that the file can
+be mapped and rows copied out of it; mapped pages belong to the file, not to this process.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from spear_megatron.model.global_map import GlobalParameter
 
 METADATA_NAME = ".metadata"
+
+
+class _Part(io.RawIOBase):
+    """``length`` bytes of a file from ``offset`` as a file of their own."""
+
+    def __init__(self, stream: IO[bytes], offset: int, length: int) -> None:
+        self._stream = stream
+        self._offset = offset
+        self._length = length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, start + position)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._stream.seek(self._offset + self._position)
+        data = self._stream.read(max(0, min(len(buffer), self._length - self._position)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 @dataclass(frozen=True)
@@ -38,7 +71,12 @@ class TorchDistReader:
     """The tensors of one folder in megatron-core's ``torch_dist`` format, written at whatever layout."""
 
     def __init__(
-        self, folder: Path, tensors: dict[str, TensorStorageMetadata], storage: dict[MetadataIndex, Any]
+        self,
+        folder: Path,
+        tensors: dict[str, TensorStorageMetadata],
+        storage: dict[MetadataIndex, Any],
+        *,
+        check_crc: bool = False,
     ) -> None:
         """``tensors`` and ``storage`` as in ``torch.distributed.checkpoint.Metadata``; see :meth:`open`."""
         self.folder = folder
@@ -46,10 +84,16 @@ class TorchDistReader:
         self._storage = storage
         self._files: dict[str, torch.Tensor] = {}
         self._chunks: dict[tuple[str, int | None], list[_Chunk]] = {}
+        self._check_crc = check_crc
+        self._good: set[MetadataIndex] = set()
 
     @classmethod
-    def open(cls, folder: Path) -> TorchDistReader:
+    def open(cls, folder: Path, *, check_crc: bool = False) -> TorchDistReader:
         """Read the index of ``folder``; no tensor is touched.
+
+        Args:
+            check_crc: compare every record, when it is first read, with the CRC-32 that ``torch.save`` put into it; for
+                a folder that no manifest vouches for.
 
         Raises:
             ValueError: the folder has no index, or one that cannot be read.
@@ -62,7 +106,7 @@ class TorchDistReader:
             raise ValueError(f"{folder / METADATA_NAME} is damaged: {error}") from None
         saved = metadata.state_dict_metadata.items()
         tensors = {key: value for key, value in saved if isinstance(value, TensorStorageMetadata)}
-        return cls(folder, tensors, metadata.storage_data)
+        return cls(folder, tensors, metadata.storage_data, check_crc=check_crc)
 
     def check(self, parameters: Sequence[GlobalParameter]) -> torch.dtype:
         """Check that all parameters are there in the right shape; returns their one dtype.
@@ -113,7 +157,7 @@ class TorchDistReader:
                 out[low - start : high - start, first : first + part.shape[1]] = part
                 covered += (high - low) * chunk.num_columns
         if covered != length * width:
-            raise ValueError(f"tensor {key} in {self.folder} is not whole: rows {start} to {start + length} are missing")
+            raise ValueError(f"tensor {key} in {self.folder} is not whole: of rows {start} to {start + length} some lack")
         return out.view(dtype).reshape(length, *parameter.shape[1:])
 
     def _place(self, parameter: GlobalParameter) -> tuple[str, int | None]:
@@ -154,24 +198,31 @@ class TorchDistReader:
     def _record(self, key: str, offsets: torch.Size, sizes: tuple[int, ...]) -> torch.Tensor:
         """The bytes of one saved tensor, mapped."""
         dtype = self._tensors[key].properties.dtype
-        info = self._storage[MetadataIndex(key, offsets)]
+        index = MetadataIndex(key, offsets)
+        info = self._storage[index]
         path = self.folder / info.relative_path
         whole = self._map(path)
         problem = f"tensor {key} in {path} is damaged"
         if info.offset + info.length > whole.numel():
             raise ValueError(f"{problem}: the file is too short")
         with open(path, "rb") as stream:
-            view = _create_file_view(stream, info.offset, info.length)
+            view = _Part(stream, info.offset, info.length)
             try:
                 saved = torch.load(view, map_location="meta", weights_only=True)  # reads the record's head alone
                 start = info.offset + saved.untyped_storage()._checkpoint_offset
-            except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
+                crc = _noted_crc(view) if self._check_crc and index not in self._good else None
+            except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, zipfile.BadZipFile) as error:
                 raise ValueError(f"{problem}: {' '.join(str(error).split())[:120]}") from None
         size = prod(sizes) * dtype.itemsize
         plain = saved.dtype == dtype and saved.is_contiguous() and saved.storage_offset() == 0
         if not plain or tuple(saved.shape) != sizes or start + size > info.offset + info.length:
             raise ValueError(f"{problem}: it is not the {dtype} tensor of shape {list(sizes)} that the index names")
-        return whole[start : start + size]
+        data = whole[start : start + size]
+        if crc is not None:
+            if zlib.crc32(data.numpy()) != crc:
+                raise ValueError(f"{problem}: its CRC-32 differs")
+            self._good.add(index)
+        return data
 
     def _map(self, path: Path) -> torch.Tensor:
         if path.name not in self._files:
@@ -181,3 +232,12 @@ class TorchDistReader:
             except (OSError, RuntimeError) as error:
                 raise ValueError(f"{path} cannot be read: {error}") from None
         return self._files[path.name]
+
+
+def _noted_crc(record: _Part) -> int:
+    """CRC-32 of the only tensor in a record, from the record's own table."""
+    with zipfile.ZipFile(record) as archive:
+        noted = [entry.CRC for entry in archive.infolist() if "/data/" in entry.filename]
+    if len(noted) != 1:
+        raise ValueError(f"it holds {len(noted)} tensors")
+    return noted[0]

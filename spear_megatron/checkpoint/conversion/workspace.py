@@ -1,8 +1,8 @@
 """The folder beside the output in which a conversion grows, and goes on after a kill.
 
-``.NAME.converting`` holds ``job.json`` (what is converted into what), one record per finished file under ``files/``, and the
-output under ``out/``. A file is finished when its record exists, which is written after the file was made durable, read
-back and compared with the source. The output takes its name by one rename at the very end.
+``.NAME.converting`` holds ``job.json`` (what is converted into what), one record per finished file under ``files/``, and
+the output under ``out/``. A file is finished when its record exists, which is written after the file was made durable,
+read back and compared with the source. The output takes its name by one rename at the very end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ JOB_NAME = "job.json"
 
 @dataclass(frozen=True)
 class Record:
-    """A finished file: its path in the output, size and checksum; of every Hugging Face tensor in it the checksum of its
-    bytes in the Hugging Face dtype; and where its parts are, in a form of the direction's own."""
+    """A finished file of the output.
+
+    Attributes:
+        path: within the output.
+        num_bytes, sha256: of the file.
+        tensors: Hugging Face name -> SHA-256 of the tensor's bytes in its Hugging Face dtype.
+        parts: [key, offsets, sizes, first byte, number of bytes] of every saved part of a global tensor, in a
+            checkpoint's file.
+    """
 
     path: str
     num_bytes: int
@@ -38,9 +45,7 @@ class Workspace:
     """The working folder of one conversion into ``out``."""
 
     def __init__(self, out: Path, job: Mapping[str, Any], files: FileSystem | None = None) -> None:
-        """Args:
-        job: JSON-able, decides every byte of the output; another job cannot go on in this folder.
-        """
+        """``job`` is JSON-able and decides every byte of the output: another job cannot go on in this folder."""
         self.out = out
         self.folder = out.with_name(f".{out.name}.converting")
         self.result = self.folder / "out"
@@ -60,8 +65,8 @@ class Workspace:
         known = self.folder / JOB_NAME
         if known.exists() and _read_json(known) != self.job:
             raise ValueError(
-                f"{self.folder} was left by an unfinished conversion of another source, of other options, or of a source "
-                "that was changed since: remove that folder to start anew"
+                f"{self.folder} was left by an unfinished conversion of another source, of other options, or of a "
+                "source that was changed since: remove that folder to start anew"
             )
         for folder in (self.folder, self.folder / "files", self.result):
             folder.mkdir(parents=True, exist_ok=True)
@@ -80,8 +85,9 @@ class Workspace:
         write_atomically(known, json.dumps(self.job, indent=1).encode())
 
     def kept(self, paths: Sequence[str], part: int, num_parts: int) -> tuple[list[str], list[str]]:
-        """Of every ``num_parts``-th of the files from ``part``: those finished and intact, and those that were altered."""
-        intact, altered = [], []
+        """Of every ``num_parts``-th file from ``part``: those finished and intact, and those altered since."""
+        intact: list[str] = []
+        altered: list[str] = []
         for path in paths[part::num_parts]:
             record = self.record(path)
             if record is None:
