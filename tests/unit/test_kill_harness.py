@@ -30,7 +30,7 @@ def kill_test() -> ModuleType:
 def test_kills_leave_no_trace(kill_test: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
     code = kill_test.main(
-        ["--kills", "8", "--work", str(work), "--seed", "3", "--", sys.executable, str(STAND_IN), "{run}"]
+        ["--kills", "8", "--work", str(work), "--seed", "3", "--save-share", "0.7", "--", sys.executable, str(STAND_IN), "{run}"]
     )
     printed = capsys.readouterr().out
     assert code == 0, printed
