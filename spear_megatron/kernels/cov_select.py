@@ -159,7 +159,7 @@ def cov_selected(
     """
     log_probs, old_log_probs, advantages, keys = columns
     mask = torch.empty(len(keys), dtype=torch.bool)
-    found = compiled_module().cov_select(
+    k, mean_advantage, mean_log_prob, *counts = compiled_module().cov_select(
         log_probs=log_probs.data_ptr(),
         old_log_probs=old_log_probs.data_ptr(),
         advantages=advantages.data_ptr(),
@@ -174,7 +174,8 @@ def cov_selected(
         threads=torch.get_num_threads(),
         isa=isa,
     )
-    return SelectedHere(*found, mask)
+    num_candidates, num_near_bound, num_chosen = counts
+    return SelectedHere(k, mean_advantage, mean_log_prob, num_candidates, num_near_bound, num_chosen, mask)
 
 
 def cov_candidates(
