@@ -172,7 +172,8 @@ class _Leader:
         ends += [(before, before) for before, _ in self._waiting]  # held ones that had no turn
         records = [self._record(before, after) for before, after in ends]
         kept = {record.task for record in records if record.held}
-        return Drawn(self._groups, records, {after.task: after for _, after in ends if after.task in kept}, self._error())
+        held = {after.task: after for _, after in ends if after.task in kept}
+        return Drawn(self._groups, records, held, self._error())
 
     def _fill(self) -> None:
         while len(self._running) < self._most and (found := self._next()) is not None:
