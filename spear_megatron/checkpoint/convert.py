@@ -169,9 +169,7 @@ def mcore_to_hf(
         return source.folder
 
 
-def verify(
-    hf: Path, mcore: Path | None = None, *, hf_config: Path | None = None, say: Say = lambda text: None
-) -> int:
+def verify(hf: Path, mcore: Path | None = None, *, say: Say = lambda text: None) -> int:
     """Compare a Hugging Face folder, tensor by tensor, with a checkpoint or with its own recorded checksums.
 
     Returns:
@@ -198,7 +196,7 @@ def verify(
             if mcore is None:
                 return ours, {name: value for name, value in (recorded or {}).items() if name in mine}
             parameters = global_parameters(shape)
-            reader = TorchDistReader.open(find_source(mcore, hf_config or hf, None).sharded)
+            reader = TorchDistReader.open(find_source(mcore, hf, None).sharded)
             reader.check(parameters)
             places = segments_of(parameters)
             return ours, {name: checksum(from_checkpoint(reader, places[name], dtype), count) for name in mine}

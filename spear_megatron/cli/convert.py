@@ -30,10 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("--hf", type=Path, required=True, metavar="DIR", help="model folder in Hugging Face format")
     without = "; without it the folder is compared with its own model.checksums.json"
     verify.add_argument("--mcore", type=Path, metavar="DIR", help=source + without)
-    for direction in (to_hf, verify):
-        direction.add_argument(
-            "--hf-config", type=Path, metavar="DIR", help="config.json and tokenizer, if the checkpoint brings none"
-        )
+    to_hf.add_argument(
+        "--hf-config", type=Path, metavar="DIR", help="config.json and tokenizer, if the checkpoint brings none"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         folder = mcore_to_hf(args.mcore, args.out, hf_config=args.hf_config, shard_bytes=args.shard_size, say=_say)
         done = f"wrote {args.out} from {folder}"
     else:
-        count = verify(args.hf, args.mcore, hf_config=args.hf_config, say=_say)
+        count = verify(args.hf, args.mcore, say=_say)
         done = f"{count} tensors are equal"
     if _is_first_rank():
         _say(done)

@@ -154,6 +154,19 @@ def test_other_names_and_paddings(tmp_path: Path, parallel: ParallelState, separ
     assert_equal(read(tmp_path / "back"), expected)
 
 
+def test_layers_that_are_not_stacked(tmp_path: Path, parallel: ParallelState) -> None:
+    hf = make_tiny_hf(tmp_path / "hf", "qwen2", num_layers=2, dtype=torch.bfloat16)
+    shape = ModelShape.from_folder(hf)
+    model = build_te_model(shape, 128, torch.bfloat16)
+    load_hf_folder([model], shape, hf, parallel)
+    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    assert any(tensor.key == "decoder.layers.1.mlp.linear_fc2.weight" for tensor in sharded_tensors(state))
+    save_like_megatron_lm(tmp_path / "stock", state, shape)
+    parallel.destroy()
+    mcore_to_hf(tmp_path / "stock", tmp_path / "back", hf_config=hf)
+    assert_equal(read(tmp_path / "back"), read(hf))
+
+
 def test_what_is_written_is_what_transformer_engine_layers_expect(
     hf: Path, tmp_path: Path, parallel: ParallelState
 ) -> None:
