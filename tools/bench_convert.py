@@ -151,6 +151,8 @@ def _config(num_bytes: int) -> dict[str, object]:
 def convert(what: str, ranks: int, arguments: Sequence[str], num_bytes: int, kill_in: Path | None = None) -> Measured:
     """Run one conversion and watch it; with ``kill_in``, its working folder, kill it on the way.
 
+    ``num_bytes`` are those it moves, 0 if that is not the whole model.
+
     Raises:
         RuntimeError: it failed; carries what it said.
     """
@@ -224,8 +226,10 @@ def measure(work: Path, num_bytes: int, ranks: Sequence[int], shard_size: str, k
         there = ["hf-to-mcore", "--hf", str(work / "hf"), "--out", str(mcore), *size]
         if kill and count == ranks[0]:
             working = mcore.with_name(f".{mcore.name}.converting")
-            results.append(convert("hf-to-mcore, killed", count, there, total, kill_in=working))
-        results.append(convert("hf-to-mcore", count, there, total))
+            results.append(convert("hf-to-mcore, killed", count, there, 0, kill_in=working))
+            results.append(convert("hf-to-mcore, resumed", count, there, 0))
+        else:
+            results.append(convert("hf-to-mcore", count, there, total))
         results.append(
             convert("mcore-to-hf", count, ["mcore-to-hf", "--mcore", str(mcore), "--out", str(back), *size], total)
         )
@@ -254,8 +258,9 @@ def main() -> int:
         results = measure(Path(folder), int(args.gigabytes * 1e9), args.ranks, args.shard_size, args.kill)
     print(f"\n{machine()}\n{'conversion':22}{'ranks':>6}{'s':>8}{'GB/s':>7}{'anonymous MB':>14}{'resident MB':>13}")
     for row in results:
+        rate = f"{row.gigabytes_per_s:.2f}" if row.gigabytes_per_s else "-"
         print(
-            f"{row.what:22}{row.ranks:6}{row.seconds:8.1f}{row.gigabytes_per_s:7.2f}"
+            f"{row.what:22}{row.ranks:6}{row.seconds:8.1f}{rate:>7}"
             f"{row.peak_anonymous / 1e6:14.0f}{row.peak_resident / 1e6:13.0f}"
         )
         for line in row.told:

@@ -96,6 +96,7 @@ def _load_cut(root: Path, hf: Path, tp: int, pp: int) -> bool:
         return all(value is None or torch.equal(value, expected[name]) for name, value in found.items())
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work_and_write_the_same_bytes(hf: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
