@@ -1,8 +1,8 @@
 """Reads global tensors of a distributed checkpoint by rows, straight out of the mapped files.
 
 ``torch.distributed.checkpoint`` reads record by record into memory, which for the embedding of a large model means
-gigabytes. A record is a file written by ``torch.save``: its tensor lies in one piece, uncompressed, so that the file can
-be mapped and rows copied out of it; mapped pages belong to the file, not to this process.
+gigabytes. A record is a file written by ``torch.save``: its tensor lies in one piece, uncompressed, so that the file
+can be mapped and rows copied out of it; mapped pages belong to the file, not to this process.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from spear_megatron.model.global_map import GlobalParameter
 
 METADATA_NAME = ".metadata"
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, zipfile.BadZipFile)
 
 
 class _Part(io.RawIOBase):
@@ -157,7 +158,7 @@ class TorchDistReader:
                 out[low - start : high - start, first : first + part.shape[1]] = part
                 covered += (high - low) * chunk.num_columns
         if covered != length * width:
-            raise ValueError(f"tensor {key} in {self.folder} is not whole: of rows {start} to {start + length} some lack")
+            raise ValueError(f"tensor {key} in {self.folder} is not whole: it lacks some of row {start} and after")
         return out.view(dtype).reshape(length, *parameter.shape[1:])
 
     def _place(self, parameter: GlobalParameter) -> tuple[str, int | None]:
@@ -211,7 +212,7 @@ class TorchDistReader:
                 saved = torch.load(view, map_location="meta", weights_only=True)  # reads the record's head alone
                 start = info.offset + saved.untyped_storage()._checkpoint_offset
                 crc = _noted_crc(view) if self._check_crc and index not in self._good else None
-            except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, zipfile.BadZipFile) as error:
+            except _UNREADABLE as error:
                 raise ValueError(f"{problem}: {' '.join(str(error).split())[:120]}") from None
         size = prod(sizes) * dtype.itemsize
         plain = saved.dtype == dtype and saved.is_contiguous() and saved.storage_offset() == 0

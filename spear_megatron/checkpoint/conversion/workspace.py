@@ -1,8 +1,8 @@
 """The folder beside the output in which a conversion grows, and goes on after a kill.
 
-``.NAME.converting`` holds ``job.json`` (what is converted into what), one record per finished file under ``files/``, and
-the output under ``out/``. A file is finished when its record exists, which is written after the file was made durable,
-read back and compared with the source. The output takes its name by one rename at the very end.
+``.NAME.converting`` holds ``job.json`` (what is converted into what), one record per finished file under ``files/``,
+and the output under ``out/``. A file is finished when its record exists, which is written after the file was made
+durable, read back and compared with the source. The output takes its name by one rename at the very end.
 """
 
 from __future__ import annotations
