@@ -87,7 +87,8 @@ def _cudnn_attention(engine: Part) -> Feature:
     version = torch.backends.cudnn.version()
     if version is None:
         return Feature(name, False, "torch finds no cuDNN", turns_on, key, "install a CUDA build of torch with cuDNN")
-    major, minor = (version // 10000, version // 100 % 100) if version >= 90000 else (version // 1000, version // 100 % 10)
+    digits = 10000 if version >= 90000 else 1000  # 9.10.2 is 91002, 8.9.7 is 8907
+    major, minor = version // digits, version % digits // 100
     if _capability() < (8, 0):
         return Feature(name, False, f"compute capability {_dotted(_capability())} is below 8.0", turns_on, key)
     return Feature(name, True, f"cuDNN {major}.{minor}", turns_on, key)
@@ -159,7 +160,8 @@ def _communication() -> dict[str, Feature]:
         ),
         "overlap_param_gather": Feature(
             "overlapped weight gathering", True, backend,
-            "updated weights are gathered bucket by bucket in the next forward pass", f"{_MEGATRON}.overlap_param_gather",
+            "updated weights are gathered bucket by bucket in the next forward pass",
+            f"{_MEGATRON}.overlap_param_gather",
         ),
         "overlap_p2p_comm": Feature(
             "overlapped pipeline messages", True, backend,
@@ -169,7 +171,7 @@ def _communication() -> dict[str, Feature]:
 
 
 def _not_offered() -> dict[str, Feature]:
-    """Asked for by name elsewhere, and not to be had here: the reasons are facts of this trainer, not of the machine."""
+    """What others offer and this trainer does not: the reasons are facts of the trainer, not of the machine."""
     fixed = "micro-batches are packed to a length of their own in every step"
     return {
         "tp_comm_overlap": Feature(

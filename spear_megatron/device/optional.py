@@ -15,7 +15,9 @@ import torch
 TE_MIN, TE_BELOW = (2, 9), (2, 12)
 """The versions of Transformer Engine that megatron-core 0.16.1 names."""
 TE_INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'"
-APEX_INSTALL = "build NVIDIA's from its repository with the C++ and CUDA extensions; 'pip install apex' is another package"
+APEX_INSTALL = (
+    "build NVIDIA's from its repository with the C++ and CUDA extensions; 'pip install apex' is another package"
+)
 UNRELATED = "not NVIDIA's: it has no apex.multi_tensor_apply (the apex of PyPI is an unrelated web toolkit)"
 NO_DEVICE = "no CUDA device"
 # What megatron-core imports without a guard once `import transformer_engine` succeeds.

@@ -37,8 +37,8 @@ def check_acceleration(shape: ModelShape, megatron: MegatronConfig, kernels: str
     asked = _needs_layers(megatron)
     if asked and (kernels != "auto" or dtype != "bf16"):
         raise ValueError(
-            f"{_PREFIX}.{asked} is for the layers of Transformer Engine, which are taken with {_ACTOR}.kernels=auto and "
-            f"actor_rollout_ref.model.dtype=bf16, not {kernels} and {dtype}: set these, or leave {asked.split('=')[0]} out"
+            f"{_PREFIX}.{asked} is for the layers of Transformer Engine, taken with {_ACTOR}.kernels=auto and "
+            f"actor_rollout_ref.model.dtype=bf16, not {kernels} and {dtype}: set these, or leave the key out"
         )
     if megatron.fp8 is not None:
         _check_fp8_sizes(shape, megatron)

@@ -119,7 +119,8 @@ def build_transformer_config(
         fp8_recipe=megatron.fp8_recipe,
         batch_p2p_comm=on_cuda and not megatron.overlap_p2p_comm,
         overlap_p2p_comm=megatron.overlap_p2p_comm,
-        deallocate_pipeline_outputs=True,
+        # gloo does not keep what an overlapped message still sends
+        deallocate_pipeline_outputs=on_cuda or not megatron.overlap_p2p_comm,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
     )

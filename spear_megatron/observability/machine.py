@@ -100,8 +100,8 @@ def _part(part: Part, unneeded: str) -> Finding:
     if not part.installed:
         return Finding("info", part.name, f"not installed; {unneeded}", part.remedy)
     if part.usable:
-        note = f"; {part.reason}" if part.reason else ""
-        return Finding("warning" if note else "ok", part.name, f"{part.version}{note}".strip("; "), TE_INSTALL if note else "")
+        evidence = "; ".join(filter(None, (part.version, part.reason))) or "installed"
+        return Finding("warning" if part.reason else "ok", part.name, evidence, TE_INSTALL if part.reason else "")
     # A good package on a machine without a GPU is hidden from megatron-core and harms nobody.
     level: Level = "info" if part.reason == NO_DEVICE else "warning"
     return Finding(level, part.name, f"installed but not usable, and hidden: {part.reason}", part.remedy)

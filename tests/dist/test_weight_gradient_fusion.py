@@ -1,4 +1,4 @@
-"""Weight gradients that the product adds itself, with a stand-in for Apex's kernel: the same gradients, head included."""
+"""Weight gradients that the product adds itself are the same, head included; a stand-in serves for Apex's kernel."""
 
 from __future__ import annotations
 

@@ -83,11 +83,12 @@ def fusion(config: Config, scratch: Path) -> Any:
 
 
 def precision_of_products(config: Config, scratch: Path) -> Any:
-    """What Megatron is told of the layers' products and attention, and the multiple that micro-batches are padded to."""
+    """What Megatron is told of the layers' products and attention, and the multiple of micro-batches' lengths."""
     from spear_megatron.model.shape import ModelShape
     from spear_megatron.model.transformer_config import build_transformer_config
 
-    shape, megatron = ModelShape.from_folder(config.actor_rollout_ref.model.path), config.actor_rollout_ref.actor.megatron
+    megatron = config.actor_rollout_ref.actor.megatron
+    shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
     settings = build_transformer_config(shape, megatron, dtype=config.actor_rollout_ref.model.torch_dtype)
     return settings.fp8, settings.fp8_recipe, settings.attention_backend.name, megatron.token_multiple
 

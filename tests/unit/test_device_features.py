@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or optional.found("transformer_engine") or optional.found("apex"),
     reason="real devices or packages are here; tests/gpu looks at them",
 )
-CUDA, CPU = Platform(device=torch.device("cuda", 0), backend="nccl"), Platform(device=torch.device("cpu"), backend="gloo")
+CUDA = Platform(device=torch.device("cuda", 0), backend="nccl")
+CPU = Platform(device=torch.device("cpu"), backend="gloo")
 WEB_TOOLKIT = "raise SyntaxError('Missing parentheses in call to print')"
 RECIPE_CLASSES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
 QWEN = {
@@ -44,7 +45,9 @@ def write(folder: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-def engine_files(version: str = "2.9.0", pytorch: str = "", checks: str = "", recipes: Any = RECIPE_CLASSES) -> dict[str, str]:
+def engine_files(
+    version: str = "2.9.0", pytorch: str = "", checks: str = "", recipes: tuple[str, ...] = RECIPE_CLASSES
+) -> dict[str, str]:
     """A package with the modules that megatron-core imports from Transformer Engine."""
     package = "transformer_engine"
     return {
@@ -193,7 +196,7 @@ def test_settings_that_no_machine_can_join() -> None:
         ({"fp8_recipe": "mxfp8"}, "fp8"),
         ({"tp_comm_overlap": True}, "not offered"),
         ({"enable_cuda_graph": True}, "not offered"),
-        ({"overlap_param_gather": True, "overlap_grad_reduce": True, "use_distributed_optimizer": False}, "distributed"),
+        ({"overlap_param_gather": True, "overlap_grad_reduce": True, "use_distributed_optimizer": False}, "distribut"),
     ):
         with pytest.raises(ValueError, match=text):
             MegatronConfig(**fields)  # type: ignore[arg-type]
@@ -222,7 +225,7 @@ else:
 
 def test_megatron_survives_a_broken_transformer_engine_and_the_namesake_of_apex(tmp_path: Path) -> None:
     broken = "raise RuntimeError('cudnn shared object not found')"
-    write(tmp_path, engine_files(pytorch=broken) | {"transformer_engine/__init__.py": broken, "apex/__init__.py": WEB_TOOLKIT})
+    write(tmp_path, {"transformer_engine/__init__.py": broken, "apex/__init__.py": WEB_TOOLKIT})
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(root)))}
     runs = [
