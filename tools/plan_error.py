@@ -48,6 +48,7 @@ def cases(model: str) -> list[Any]:
         Case("TP2 SP", world_size=2, tp=2, sequence_parallel=True, **sizes),
         Case("PP2", world_size=2, pp=2, **sizes),
         Case("DP2, distributed optimizer", world_size=2, **sizes),
+        Case("CP2", world_size=2, cp=2, **sizes),
     ]
 
 

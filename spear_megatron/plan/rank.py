@@ -83,7 +83,15 @@ class RankMemory:
             itemsize=work.dtype.itemsize,
             packed=work.packed,
             fused_mlp=not work.on_host,
+            sequence_tokens=work.sequence_tokens,
+            cp_rank=self.model.cp_rank,
         )
+
+    @property
+    def batch_tokens(self) -> float:
+        """Tokens of a micro-batch on the device: this rank's, and on the host those that they are taken from too."""
+        work, cp = self.workload, self.layout.cp
+        return work.tokens / cp + (work.tokens if work.on_host and cp > 1 else 0)
 
     @property
     def static(self) -> list[Term]:
@@ -113,7 +121,7 @@ class RankMemory:
             working.append(HeadForward(self.head))
         return [
             *self.static,
-            Batch(work.tokens, work.forward_micro_batches),
+            Batch(self.batch_tokens, work.forward_micro_batches),
             Communication(sizes, self.layout.pp > 1),
             max(working, key=lambda term: term.nbytes),
         ]
@@ -135,7 +143,7 @@ class RankMemory:
             peaks.append([GradientReduction(self.model.buffers)])
         return [
             *self.static,
-            Batch(work.tokens, work.micro_batches),
+            Batch(self.batch_tokens, work.micro_batches),
             Communication(sizes, self.layout.pp > 1),
             *max(peaks, key=total),
         ]
