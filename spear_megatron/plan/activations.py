@@ -129,7 +129,8 @@ def _kept_plain(sizes: LayerSizes, selective: bool) -> int:
     Two norms; the joint projection (the values are a view of it); normed queries and keys; four tables of the rotary
     embedding; rotated queries and keys, output and log-sum-exp of the attention; the joined output where a micro-batch
     has several sequences; and 5 F (3 F) of the gated MLP. Under context parallelism, keys and values of all ranks
-    instead of the rank's own, and a mask for every chunk of queries behind the first. On CUDA torch's norms keep less: there it is an upper bound.
+    instead of the rank's own, and a mask for every chunk of queries behind the first. On CUDA torch's norms keep less:
+    there it is an upper bound.
     """
     b = sizes.itemsize
     per_token = (sizes.queries + 2 * sizes.keys) * b + 4 * sizes.head_dim * b

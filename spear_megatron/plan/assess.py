@@ -157,7 +157,7 @@ def assess(run: PlannedRun, layout: Layout, machine: Machine) -> Assessment:
 
 def _with_surroundings(memory: RankMemory, run: PlannedRun, machine: Machine) -> dict[str, list[Term]]:
     """Phases of a rank with reserve and colocated engine; the cache gets what is left, up to what is useful."""
-    phases = memory.phases()
+    phases = memory.phases(process=run.on_host)
     churn = memory.activations.nbytes
     reserve = Reserve(0 if run.on_host else machine.reserve_bytes, machine.fragmentation, churn)
     steady = replace(reserve, activations=0)

@@ -50,7 +50,15 @@ def make_rows(case: Case, dp_rank: int, vocab: int) -> list[Row]:
     ]
 
 
-def measure_on_rank(folder: str, case: Case) -> dict[str, int]:
+def measure_process_on_rank(folder: str, case: Case) -> dict[str, int]:
+    """Peak resident bytes of the process above its baseline, by phase."""
+    from spear_megatron.plan.measure import ProcessBytes
+
+    torch.nn.Linear(64, 64)(torch.ones(64, 64)).sum().backward()  # libraries that are loaded with their first use
+    return measure_on_rank(folder, case, ProcessBytes)
+
+
+def measure_on_rank(folder: str, case: Case, meter_class: Any = None) -> dict[str, int]:
     """Peak live bytes by phase, after a first step that allocates the optimizer's state."""
     from train_step import Layout, build_actor
 
@@ -64,7 +72,7 @@ def measure_on_rank(folder: str, case: Case) -> dict[str, int]:
     )  # fmt: skip
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     found: dict[str, int] = {}
-    with LiveBytes() as meter:
+    with (meter_class or LiveBytes)() as meter:
         actor, shape, parallel = build_actor(folder, layout, dtype=dtype, max_logits_mb=case.max_logits_mb)
         rows = make_rows(case, parallel.dp_rank, shape.vocab_size)
         base = sum(t.untyped_storage().nbytes() for row in rows for t in _tensors(row))
@@ -100,7 +108,7 @@ def _tensors(row: Row) -> list[torch.Tensor]:
     return [row.ids, row.response_mask, row.rollout_log_probs, row.advantages]
 
 
-def predict(folder: str, case: Case, rank: int) -> dict[str, list[tuple[str, int]]]:
+def predict(folder: str, case: Case, rank: int, *, process: bool = False) -> dict[str, list[tuple[str, int]]]:
     """(label, bytes) of the planner's terms by phase."""
     from train_step import RECOMPUTE
 
@@ -149,4 +157,5 @@ def predict(folder: str, case: Case, rank: int) -> dict[str, list[tuple[str, int
             sequence_tokens=case.length - 1,
         ),
     )
-    return {name: [(term.label, term.nbytes) for term in terms] for name, terms in memory.phases().items()}
+    phases = memory.phases(process=process)
+    return {name: [(term.label, term.nbytes) for term in terms] for name, terms in phases.items()}
