@@ -52,8 +52,7 @@ class SaveStaging:
 
     With the distributed optimizer every rank with the same weights lays out its shards, 12 / (DP CP) bytes per element
     of a bucket; rank 0 receives them (float32 weights and two moments), 12 bytes per element of the buffers so far and
-    12 of the bucket that is on its way; what the previous bucket left is freed late. Then come the cut pieces, as large
-    as all,
+    12 of the bucket on its way; what the previous bucket left is freed late. Then come the cut pieces, as large as all,
     and the weights where they live on the host. Without it rank 0 copies the halves of every gated MLP's first matrix.
     Source: megatron-core 0.16.1, ``get_parameter_state_dp_zero``.
     """
