@@ -91,7 +91,11 @@ class SFTConfig:
     """``sft.*``: the supervised cold start."""
 
     train_files: str | None = None
-    """JSONL of conversations (``messages``, optional ``tools``); null takes demonstrations of the built-in tasks."""
+    """JSONL of conversations (``messages``, optional ``tools``), or a folder that the command ``corpus`` wrote; null
+    takes demonstrations of the built-in tasks."""
+    data_source: Literal["auto", "mmap", "dali"] = "auto"
+    """What reads the conversations: mmap (memory-mapped files) or dali (NVIDIA DALI, the extra ``dali``), which give
+    the same batches; auto takes DALI, if installed, for corpora of the forms numpy and webdataset."""
     num_examples: int = 1024
     """Built-in demonstrations to make (ignored when train_files is given)."""
     error_rate: float = 0.0
