@@ -45,13 +45,13 @@ def fine_tune(config: Config) -> None:
         RunError: the run cannot start, or a step was not finite.
     """
     from spear_megatron.cli.agents import load_renderer
-    from spear_megatron.cli.build import build_actor
+    from spear_megatron.cli.build import build_actor, open_checkpoints
     from spear_megatron.cli.session import open_parallel, open_record
     from spear_megatron.data.dali import open_source
     from spear_megatron.data.data_source import Reading
     from spear_megatron.model.hf_export import export_hf
     from spear_megatron.model.shape import ModelShape
-    from spear_megatron.trainer.sft import SupervisedRun, train_supervised
+    from spear_megatron.trainer.sft import SupervisedRun, restore_supervised, train_supervised
 
     folder, steps = config.actor_rollout_ref.model.path, config.sft.total_training_steps
     optim = config.actor_rollout_ref.actor.optim
@@ -65,11 +65,23 @@ def fine_tune(config: Config) -> None:
             shard_id=parallel.dp_rank,
             num_shards=parallel.dp_size,
         )
-        with (
-            closing(open_source(config.sft.data_source, corpus, reading)) as source,
-            open_record(config, parallel, resume_step=None, console_every=max(1, steps // 20)) as recorder,
-        ):
-            train_supervised(SupervisedRun(actor=actor, source=source, recorder=recorder, total_steps=steps))
+        with closing(open_source(config.sft.data_source, corpus, reading)) as source:
+            saves, done = config.sft.save_freq > 0, 0
+            checkpoints = open_checkpoints(config, parallel) if saves else None
+            if checkpoints is not None:
+                done = restore_supervised(actor, source, checkpoints, steps)
+            with open_record(config, parallel, done or None, console_every=max(1, steps // 20)) as recorder:
+                train_supervised(
+                    SupervisedRun(
+                        actor=actor,
+                        source=source,
+                        recorder=recorder,
+                        total_steps=steps,
+                        done_steps=done,
+                        checkpoints=checkpoints,
+                        save_freq=config.sft.save_freq,
+                    )
+                )
         export_hf(actor.chunks, shape, parallel, Path(config.sft.default_local_dir) / "hf", folder)
 
 
@@ -104,12 +116,11 @@ def load_corpus(config: Config, renderer: ChatRenderer) -> Corpus:
         ValueError: they cannot be used, or the corpus was made with another tokenizer or holds longer samples.
     """
     from spear_megatron.data.corpus import MemoryCorpus
-    from spear_megatron.data.corpus_files import is_corpus
     from spear_megatron.data.sft import cold_start_conversations, encode_conversations, load_conversations
 
     sft = config.sft
     max_length = config.data.max_prompt_length + config.data.max_response_length
-    if sft.train_files is not None and is_corpus(Path(sft.train_files)):
+    if sft.train_files is not None and Path(sft.train_files).is_dir():
         return open_fitting(Path(sft.train_files), renderer, max_length)
     if sft.train_files is not None:
         conversations = load_conversations([sft.train_files])

@@ -129,8 +129,9 @@ class NumpyCorpus(FileCorpus):
     """Two ``.npy`` files per sample."""
 
     def file_of(self, index: int) -> Path:
-        """The file of the ids; that of the mask lies beside it."""
-        return self.files(index)[0]
+        """Both components are checked together."""
+        ids, mask = self.files(index)
+        return ids.with_name(f"{ids.name}, {mask.name}")
 
     def files(self, index: int) -> tuple[Path, Path]:
         """The files of one sample."""
