@@ -7,7 +7,8 @@
 Every contender reads one epoch of a corpus on disk as padded batches: memory mapping over each of the three forms, and
 DALI with its own reader of `.npy` files, its own reader of tars, and a callback that reads the mapped file. Rounds of
 the contenders are interleaved, and medians compared; the first round, which fills the page cache, is not counted. A
-checksum over everything that was read must be the same for all, and is printed.
+checksum over everything that was read must be the same for all, and is printed. `wait` is how long a trainer waits for
+a batch, in milliseconds, when it spends 20 ms on each on a device of its own: what was read ahead meanwhile costs nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
@@ -36,6 +38,7 @@ from spear_megatron.data.data_source import DataSource, MappedSource, Reading  #
 from spear_megatron.data.sft import SftExample  # noqa: E402
 
 NAMES = {"packed": "packed .bin/.idx", "numpy": ".npy files", "webdataset": "tar"}
+STEP_S, WAITS = 0.02, 16
 Contender = Callable[[], DataSource]
 
 
@@ -72,6 +75,17 @@ def read_epoch(source: DataSource, batches: int) -> float:
     return time.perf_counter() - begin
 
 
+def waiting(source: DataSource, batches: int) -> list[float]:
+    """Milliseconds that each batch takes to come, with pauses in between; without the first, which builds a pipeline."""
+    waits = []
+    for _ in range(batches + 1):
+        begin = time.perf_counter()
+        source.next_batch()
+        waits.append(1e3 * (time.perf_counter() - begin))
+        time.sleep(STEP_S)
+    return waits[1:]
+
+
 def checksum(source: DataSource, batches: int) -> str:
     """Of every batch's samples, lengths and padded components."""
     digest = hashlib.sha256()
@@ -103,10 +117,11 @@ def main() -> int:
         results = measure(contenders(folder, reading, args.threads), count // batch_size, batch_size, rounds)
     first = next(iter(results.values()))
     print(f"\n{count} sequences of 64-{longest} tokens, batches of {batch_size}, median of {rounds} rounds")
-    print(f"{'source':32} {'samples/s':>10} {'least':>9} {'most':>9} {'ratio':>7}  checksum")
+    print(f"{'source':32} {'samples/s':>10} {'least':>9} {'most':>9} {'ratio':>7} {'wait':>7}  checksum")
     for name, row in results.items():
         ratio = row["median"] / first["median"]
-        print(f"{name:32} {row['median']:10.0f} {row['least']:9.0f} {row['most']:9.0f} {ratio:7.2f}  {row['checksum']}")
+        figures = f"{row['median']:10.0f} {row['least']:9.0f} {row['most']:9.0f} {ratio:7.2f} {row['wait_ms']:7.2f}"
+        print(f"{name:32} {figures}  {row['checksum']}")
     equal = len({row["checksum"] for row in results.values()}) == 1
     print("all read the same" if equal else "THE CHECKSUMS DIFFER")
     if args.json is not None:
@@ -114,9 +129,10 @@ def main() -> int:
     return int(not equal)
 
 
-def measure(found: dict[str, Contender], batches: int, batch_size: int, rounds: int) -> dict[str, dict]:
+def measure(found: dict[str, Contender], batches: int, batch_size: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Samples per second and checksum of every contender; each round begins with another one."""
     seconds: dict[str, list[float]] = {name: [] for name in found}
+    waits: dict[str, list[float]] = {name: [] for name in found}
     sums = {}
     for name, contender in found.items():
         source = contender()
@@ -128,13 +144,14 @@ def measure(found: dict[str, Contender], batches: int, batch_size: int, rounds: 
         for name in names[number % len(names) :] + names[: number % len(names)]:
             source = found[name]()
             seconds[name].append(read_epoch(source, batches))
+            waits[name] += waiting(source, min(WAITS, batches))
             source.close()
         print(f"round {number + 1} of {rounds}", flush=True)
     results = {}
     for name, values in seconds.items():
         rates = [batches * batch_size / value for value in values]
         figures = {"median": statistics.median(rates), "least": min(rates), "most": max(rates)}
-        results[name] = {**figures, "checksum": sums[name]}
+        results[name] = {**figures, "wait_ms": statistics.median(waits[name]), "checksum": sums[name]}
     return results
 
 

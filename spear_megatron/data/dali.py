@@ -11,7 +11,6 @@ from spear_megatron.data.corpus import Corpus
 from spear_megatron.data.data_source import DataSource, MappedSource, Reading
 
 SOURCES = ("auto", "mmap", "dali")
-_OWN_READERS = ("numpy", "webdataset")
 
 
 def dali_modules() -> tuple[ModuleType, Any, Any]:
@@ -40,13 +39,13 @@ def has_dali() -> bool:
 
 
 def resolve(kind: str, corpus: Corpus) -> str:
-    """mmap or dali: what ``auto`` stands for is DALI, if it is installed, where it has a reader for the form.
+    """mmap or dali: what ``auto`` stands for is DALI, if it is installed, for single ``.npy`` files.
 
-    On one memory-mapped file, and in memory, the host's own reading is faster; all give the same batches.
+    There it is faster, and on one mapped file or tar it is not (tools/bench_data.py); all give the same batches.
     """
     if kind != "auto":
         return kind
-    return "dali" if corpus.form in _OWN_READERS and has_dali() else "mmap"
+    return "dali" if corpus.form == "numpy" and has_dali() else "mmap"
 
 
 def open_source(kind: str, corpus: Corpus, reading: Reading) -> DataSource:

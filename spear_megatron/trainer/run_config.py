@@ -95,7 +95,7 @@ class SFTConfig:
     takes demonstrations of the built-in tasks."""
     data_source: Literal["auto", "mmap", "dali"] = "auto"
     """What reads the conversations: mmap (memory-mapped files) or dali (NVIDIA DALI, the extra ``dali``), which give
-    the same batches; auto takes DALI, if installed, for corpora of the forms numpy and webdataset."""
+    the same batches; auto takes DALI, if installed, for corpora of the form numpy, where it is faster."""
     num_examples: int = 1024
     """Built-in demonstrations to make (ignored when train_files is given)."""
     error_rate: float = 0.0
