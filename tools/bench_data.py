@@ -8,12 +8,13 @@ Every contender reads one epoch of a corpus on disk as padded batches: memory ma
 DALI with its own reader of `.npy` files, its own reader of tars, and a callback that reads the mapped file. Rounds of
 the contenders are interleaved, and medians compared; the first round, which fills the page cache, is not counted. A
 checksum over everything that was read must be the same for all, and is printed. `wait` is how long a trainer waits for
-a batch, in milliseconds, when it spends 20 ms on each on a device of its own: what was read ahead meanwhile costs nothing.
+a batch, in milliseconds, when it spends 20 ms on each on a device of its own: what was read ahead meanwhile is free.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import statistics
 import sys
@@ -55,15 +56,17 @@ def make_examples(count: int, longest: int) -> list[SftExample]:
 
 def contenders(folder: Path, reading: Reading, threads: int) -> dict[str, Contender]:
     """How every contender is opened, by name."""
-    found: dict[str, Contender] = {}
-    for form in FORMS:
-        found[f"mmap, {NAMES[form]}"] = lambda form=form: MappedSource(open_corpus(folder / form), reading)  # type: ignore[misc]
+
+    def mapped(form: str) -> DataSource:
+        return MappedSource(open_corpus(folder / form), reading)
+
+    def dali(form: str) -> DataSource:
+        return DaliSource(open_corpus(folder / form), reading, num_threads=threads)
+
+    found = {f"mmap, {NAMES[form]}": functools.partial(mapped, form) for form in FORMS}
     if has_dali():
-        for form in FORMS:
-            how = "callback" if form == "packed" else "own reader"
-            found[f"DALI {how}, {NAMES[form]}"] = lambda form=form: DaliSource(  # type: ignore[misc]
-                open_corpus(folder / form), reading, num_threads=threads
-            )
+        how = {form: "callback" if form == "packed" else "own reader" for form in FORMS}
+        found |= {f"DALI {how[form]}, {NAMES[form]}": functools.partial(dali, form) for form in FORMS}
     return found
 
 
@@ -76,7 +79,7 @@ def read_epoch(source: DataSource, batches: int) -> float:
 
 
 def waiting(source: DataSource, batches: int) -> list[float]:
-    """Milliseconds that each batch takes to come, with pauses in between; without the first, which builds a pipeline."""
+    """Milliseconds that each batch takes to come, with pauses in between; the first, which builds a pipeline, apart."""
     waits = []
     for _ in range(batches + 1):
         begin = time.perf_counter()
