@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import RankError, run_ranks
+from harness import run_ranks
 from observers.files import make_files
 
 from spear_megatron.checkpoint.store import step_name
@@ -27,6 +27,13 @@ def fine_tune(overrides: list[str]) -> None:
     from spear_megatron.config.schema import Config
 
     command(as_supervised(load(Config, None, overrides)))
+
+
+def refusal(overrides: list[str]) -> str:
+    """What the command says; it must not begin to train."""
+    with pytest.raises(ValueError) as caught:
+        fine_tune(overrides)
+    return str(caught.value)
 
 
 def figures(folder: Path) -> list[tuple[Any, ...]]:
@@ -79,8 +86,10 @@ def test_any_source_trains_alike_and_resumes_on_other_ranks(files: Path, tmp_pat
     for found, wanted in zip(resumed, expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
 
+    shorter = arguments(files, tmp_path / "other", *given, "sft.total_training_steps=2")
+    assert "beyond sft.total_training_steps=2" in run_ranks(refusal, 1, shorter)[0]
+
     changed = arguments(files, tmp_path / "other", "sft.save_freq=3", f"sft.train_files={files / 'other.jsonl'}")
     rows = (files / "talks.jsonl").read_text().splitlines()
     (files / "other.jsonl").write_text("\n".join([*rows[1:], rows[0]]) + "\n")
-    with pytest.raises(RankError, match=r"cannot resume on .*other.jsonl: corpus was"):
-        run_ranks(fine_tune, 1, changed)
+    assert f"cannot resume on {files / 'other.jsonl'}: corpus was" in run_ranks(refusal, 1, changed)[0]
