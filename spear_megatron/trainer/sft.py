@@ -46,6 +46,7 @@ def train_supervised(run: SupervisedRun) -> float:
             raise RunError(f"supervised step {step} was skipped ({result.skipped}): lower sft.lr or check the data")
         loss = result.metrics["sft/loss"]
         run.recorder.write(step, {**result.metrics, **timer.take()})
+    run.actor.settle()
     return loss
 
 
