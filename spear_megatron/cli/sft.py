@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train on ``sft.train_files`` or on demonstrations of the built-in tasks, then export."""
     config = as_supervised(load_config(args))
-    from spear_megatron.cli.preflight import check_before_start, print_plan
+    from spear_megatron.cli.preflight import check_before_start, check_machine, machine_notes, print_plan
     from spear_megatron.data.dali import dali_modules
 
     check_before_start(config)
@@ -32,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
         dali_modules()
     if args.dry_run:
         print_plan(config)
+        for line in machine_notes(config):
+            print(f"# {line}")
         return 0
+    check_machine(config)
     fine_tune(config)
     return 0
 

@@ -76,8 +76,10 @@ def train_supervised(run: SupervisedRun) -> float:
         loss = result.metrics["sft/loss"]
         run.recorder.write(step, {**result.metrics, **timer.take()})
         if run.checkpoints is not None and (step % run.save_freq == 0 or step == run.total_steps):
+            run.actor.settle()
             optimizer, states = run.actor.optimizer, {"data_source": run.source.state_dict()}
             run.checkpoints.save(step, run.actor.chunks, optimizer.megatron, optimizer.scheduler, states)
     if run.checkpoints is not None:
         run.checkpoints.wait()
+    run.actor.settle()
     return loss
