@@ -23,7 +23,7 @@ _EXTRAS = {
     "matplotlib": ("matplotlib", "pip install matplotlib", "learning curves as PNG"),
     "math_verify": ("math-verify", "pip install math-verify", "answers beyond integers and strings"),
     "ray": ("ray", "pip install -e '.[ray]'", "servers and environment workers on several machines"),
-    "nvidia.dali": ("DALI", "pip install -e '.[dali]'", "DALI readers"),
+    "nvidia.dali": ("DALI", "pip install -e '.[dali]'", "reading corpora (sft.data_source)"),
 }
 
 
