@@ -8,7 +8,8 @@ Every rank counts the bytes of all storages that are alive (``plan.measure.LiveB
 of its second training step. Sizes do not depend on the speed of the machine. Shown are the largest measured peak of a
 phase over the ranks, the prediction for that rank, and the error that is largest over all ranks. For the 100M model a
 second run compares the resident memory of the process above what it had before the model was built (``process``):
-beside tensors it holds the allocator's losses, buffers inside of operations and libraries.
+beside tensors it holds the allocator's losses, buffers inside of operations and libraries. Its phases are shown, and
+the tolerance applies to the fullest one, which decides whether a host has room.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ def compare(folder: str, model: str, case: Any, *, process: bool = False) -> lis
     return rows
 
 
+def fullest(table: list[list[str]], of: list[str]) -> list[str]:
+    """The row with the largest measured size among those of the same model and layout."""
+    return max((row for row in table if row[:2] == of[:2]), key=lambda row: float(row[3]))
+
+
 def markdown(table: list[list[str]]) -> str:
     """One line per layout, a column per phase: measured MiB and the error."""
     phases = list(dict.fromkeys(row[2] for row in table))
@@ -112,8 +118,9 @@ def main() -> int:
                     print("  ".join(row), flush=True)
     if args.markdown is not None:
         Path(args.markdown).write_text(markdown(table), encoding="utf-8")
-    far = [row for row in table if abs(float(row[-1].rstrip("%"))) > 100 * TOLERANCE]
-    print(f"{len(table) - len(far)} of {len(table)} phases within {TOLERANCE:.0%}")
+    judged = [row for row in table if not row[0].endswith(" process") or row is fullest(table, row)]
+    far = [row for row in judged if abs(float(row[-1].rstrip("%"))) > 100 * TOLERANCE]
+    print(f"{len(judged) - len(far)} of {len(judged)} judged phases within {TOLERANCE:.0%}")
     return 1 if far else 0
 
 
