@@ -264,6 +264,7 @@ def _leader_agents(
             num_samples=tasks.num_samples,
             max_concurrency=max_concurrency,
             deadline_s=config.trainer.collect_timeout_s,
+            keeper=tasks.keeper,
         )
 
     async def run_drawn(tasks: Tasks, portion: Portion) -> Drawn:
