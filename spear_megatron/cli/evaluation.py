@@ -183,7 +183,7 @@ def _opened(subject: _Subject, parallel: ParallelState) -> Iterator[Agents]:
         if not gather_objects(parallel, serve)[0]:
             with agreed(parallel, "loading of the weights"):
                 load_engine(agents.engine, subject.model, shape)
-        elif parallel.rank == 0:
+        elif parallel.rank == 0 and subject.choice.kind == "sglang":
             print("the server has the model already: no weights are sent", flush=True)
         yield agents
 

@@ -10,7 +10,7 @@ from spear_megatron.evaluation.metrics import Estimate
 
 _WIDTH, _HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 66, 26, 34
-_KINDS = ("pass", "maj", "avg")
+_KINDS = ("pass", "maj")
 _MIN_GAP = 13.0
 
 

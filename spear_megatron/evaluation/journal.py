@@ -57,11 +57,10 @@ def claim_identity(folder: Path, identity: Mapping[str, Any]) -> None:
             known = {key: value for key, value in found.items() if key != "schema_version"}
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}): give another --out") from error
-        differing = [key for key in [*wanted, *known] if wanted.get(key) != known.get(key)]
-        if COUNT in differing and wanted[COUNT] > known.get(COUNT, 0):
-            differing.remove(COUNT)
-        if differing:
-            names = list(dict.fromkeys(differing))
+        names = [key for key in dict.fromkeys([*wanted, *known]) if wanted.get(key) != known.get(key)]
+        if COUNT in names and wanted[COUNT] > known.get(COUNT, 0):
+            names.remove(COUNT)
+        if names:
             texts = [f"{key} is {wanted.get(key)!r} and was {known.get(key)!r}" for key in names[:_MAX_NAMED]]
             more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
             raise ValueError(

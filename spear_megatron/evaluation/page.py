@@ -61,7 +61,7 @@ def render_page(report: SampledReport, prompts: Sequence[Prompt], samples: Seque
         "BLOCKS": blocks,
     }
     for name, text in parts.items():
-        template = template.replace(f"<!--{name}-->", text, 1)
+        template = template.replace(f"<!--{name}-->", text)
     return template
 
 

@@ -59,7 +59,7 @@ class SampledReport:
         write_atomically(path, (json.dumps(self.to_json(), indent=2) + "\n").encode())
 
     def to_table(self) -> str:
-        """Plain-text table in percent, one line per data source and metric, and the first disagreements."""
+        """Plain-text table in percent: every k over all problems, the largest by data source; the first disagreements."""
         if self.strict is None:
             return self.normalised.to_table()
         report = self.normalised
@@ -67,7 +67,7 @@ class SampledReport:
         cells = [("data", "metric", "normalised", head, "strict", head, "problems")]
         for source, part in _parts(report):
             strict = self.strict.metrics if source == "all" else self.strict.by_source[source]
-            for name in _shown_metrics(part):
+            for name in _shown_metrics(part, every_k=source == "all"):
                 low = strict.get(name)
                 cells.append((source, name, *_cell(part[name]), *_cell(low), str(part[name].num_problems)))
             for name, value in self.official.get(source, {}).items():
@@ -195,11 +195,11 @@ def _parts(report: EvaluationReport) -> list[tuple[str, Mapping[str, Estimate]]]
     return [("all", report.metrics), *report.by_source.items()]
 
 
-def _shown_metrics(part: Mapping[str, Estimate]) -> list[str]:
+def _shown_metrics(part: Mapping[str, Estimate], *, every_k: bool) -> list[str]:
     """Metrics of the table: of avg@k only the largest k, as all of them estimate the same; then pass@k and maj@k."""
-    averages = [name for name in part if name.startswith("avg@")]
-    others = [name for kind in ("pass@", "maj@") for name in part if name.startswith(kind)]
-    return ["success_rate", *averages[-1:], *others]
+    names = {kind: [name for name in part if name.startswith(f"{kind}@")] for kind in ("avg", "pass", "maj")}
+    shown = [name for kind in ("pass", "maj") for name in (names[kind] if every_k else names[kind][-1:])]
+    return ["success_rate", *names["avg"][-1:], *shown]
 
 
 def _largest(name: str, figures: Mapping[str, float]) -> bool:
