@@ -122,11 +122,13 @@ def _figures(report: SampledReport) -> str:
         for mode, metrics in (("normalised", part), ("strict", strict)):
             if metrics is None:
                 continue
-            cells = "".join(_estimate(metrics.get(f"{kind}@{largest}")) for kind in ("avg", "pass", "maj"))
+            names = ("success_rate", f"avg@{largest}", f"pass@{largest}", f"maj@{largest}")
+            cells = "".join(_estimate(metrics.get(metric)) for metric in names)
             first = f'<th scope="row" rowspan="{1 if strict is None else 2}">{escape(name)}</th>'
             head = first if mode == "normalised" else ""
             rows.append(f'<tr class="{mode}">{head}<td>{mode}</td><td class="num">@{largest}</td>{cells}</tr>')
-    head = "<tr><th>data</th><th>answers</th><th>k</th><th>avg@k</th><th>pass@k</th><th>maj@k</th></tr>"
+    titles = ("data", "answers", "k", "right", "avg@k", "pass@k", "maj@k")
+    head = f"<tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>"
     return f'<table class="figures"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
 

@@ -24,7 +24,7 @@ wrong_count: one log-prob is missing; abort: the server aborts it by itself.
 
 KNOWN_PARAMS = frozenset(
     "max_new_tokens temperature top_p top_k stop_token_ids ignore_eos min_p frequency_penalty presence_penalty "
-    "repetition_penalty min_new_tokens n stop skip_special_tokens".split()
+    "repetition_penalty min_new_tokens n stop skip_special_tokens sampling_seed".split()
 )
 
 

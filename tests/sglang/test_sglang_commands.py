@@ -39,7 +39,7 @@ def test_a_greedy_evaluation_with_a_server_is_that_of_the_embedded_engine(
     for one, other in zip(found, known, strict=True):
         assert one["error"] is None and one["id"] == other["id"] and one["stop_reason"] == other["stop_reason"]
         assert [part["ids"] for part in one["segments"]] == [part["ids"] for part in other["segments"]]
-        assert {version for part in one["segments"] for version in part["policy_versions"]} == {-1, 0}
+        assert all(part["policy_versions"] is None for part in one["segments"])  # nobody numbered the weights
 
 
 def test_the_benchmark_runs(
