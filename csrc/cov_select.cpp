@@ -3,9 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
@@ -153,23 +156,17 @@ uint64_t border(const CovCandidates& found, uint32_t k) {
     return finished(search, left.data(), static_cast<int64_t>(left.size()), histogram.data()).last;
 }
 
-// Marks the k smallest candidates in `chosen` [tokens]. Returns (candidates, tokens near a bound, tokens marked): more
-// than k are marked where words equal the k-th.
-std::tuple<int64_t, int64_t, int64_t> cov_choose(uintptr_t log_probs, uintptr_t old_log_probs, uintptr_t advantages,
-                                                 uintptr_t keys, int64_t tokens, double mean_advantage,
-                                                 double mean_log_prob, const std::array<double, 2>& bounds,
-                                                 const std::array<double, 4>& near_bounds,
-                                                 const std::array<double, 2>& clip_bounds, bool by_covariance,
-                                                 int64_t k, uintptr_t chosen, int threads, const char* isa) {
-    if (k < 1 || tokens > INT32_MAX) throw std::invalid_argument("k must be positive, tokens below 2^31");
-    const CovInputs inputs = {pointer<const float>(log_probs), pointer<const float>(old_log_probs),
-                              pointer<const float>(advantages)};
-    const CovRule rule = {mean_advantage, mean_log_prob, bounds[0], bounds[1], {near_bounds[0], near_bounds[1]},
-                          {near_bounds[2], near_bounds[3]}, clip_bounds[0], clip_bounds[1]};
-    uint8_t* marks = pointer<uint8_t>(chosen);
+struct CovCounts {
+    int64_t candidates;
+    int64_t near;
+    int64_t marked;
+};
+
+// Marks the k smallest candidates in `marks` [tokens], and those whose words equal the k-th.
+CovCounts choose(const CovInputs& inputs, const CovRule& rule, const int64_t* keys, int64_t tokens, bool by_covariance,
+                 int64_t k, uint8_t* marks, const CovKernels& kernels, int threads) {
     CovCandidates found(tokens);
-    find_candidates(found, inputs, rule, pointer<const int64_t>(keys), tokens, by_covariance, marks,
-                    kernels_for(parse_isa(isa)), threads);
+    find_candidates(found, inputs, rule, keys, tokens, by_covariance, marks, kernels, threads);
     const uint64_t last = found.count > k ? border(found, static_cast<uint32_t>(k)) : ~uint64_t{0};
     int64_t marked = 0;
     for (size_t index = 0; index < found.blocks.size(); ++index) {
@@ -184,20 +181,84 @@ std::tuple<int64_t, int64_t, int64_t> cov_choose(uintptr_t log_probs, uintptr_t 
     return {found.count, found.near, marked};
 }
 
+CovRule cov_rule(double mean_advantage, double mean_log_prob, const std::array<double, 2>& bounds, double nearness,
+                 const std::array<double, 2>& clip_bounds) {
+    const double lb = bounds[0], ub = bounds[1];
+    return {mean_advantage, mean_log_prob, lb, ub, {lb - nearness, lb + nearness}, {ub - nearness, ub + nearness},
+            clip_bounds[0], clip_bounds[1]};
+}
+
+// Returns (candidates, tokens near a bound, tokens marked): more than k are marked where words equal the k-th.
+std::tuple<int64_t, int64_t, int64_t> cov_choose(uintptr_t log_probs, uintptr_t old_log_probs, uintptr_t advantages,
+                                                 uintptr_t keys, int64_t tokens, double mean_advantage,
+                                                 double mean_log_prob, const std::array<double, 2>& bounds,
+                                                 double nearness, const std::array<double, 2>& clip_bounds,
+                                                 bool by_covariance, int64_t k, uintptr_t chosen, int threads,
+                                                 const char* isa) {
+    if (k < 1 || tokens > INT32_MAX) throw std::invalid_argument("k must be positive, tokens below 2^31");
+    const CovInputs inputs = {pointer<const float>(log_probs), pointer<const float>(old_log_probs),
+                              pointer<const float>(advantages)};
+    const CovRule rule = cov_rule(mean_advantage, mean_log_prob, bounds, nearness, clip_bounds);
+    const CovCounts counts = choose(inputs, rule, pointer<const int64_t>(keys), tokens, by_covariance, k,
+                                    pointer<uint8_t>(chosen), kernels_for(parse_isa(isa)), threads);
+    return {counts.candidates, counts.near, counts.marked};
+}
+
+// Mean of a column: rows are summed one by one, and their sums exactly. NaN where a sum is not finite.
+double mean_of(const double* sums, int64_t rows, int64_t tokens) {
+    ExactSum total;
+    for (int64_t row = 0; row < rows; ++row) {
+        if (!std::isfinite(sums[row])) return std::numeric_limits<double>::quiet_NaN();
+        total.add(sums[row]);
+    }
+    return total.rounded() / static_cast<double>(tokens);
+}
+
+void sum_rows(const float* const* columns, int64_t num_columns, const int64_t* lengths, int64_t rows, double* sums,
+              const CovKernels& kernels, int threads) {
+    std::vector<int64_t> starts(static_cast<size_t>(rows + 1));
+    std::partial_sum(lengths, lengths + rows, starts.begin() + 1);
+    const int64_t items = rows * num_columns;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && starts.back() > kBlockTokens)
+    for (int64_t item = 0; item < items; ++item) {
+        const int64_t row = item % rows;
+        sums[item] = kernels.sum(columns[item / rows] + starts[static_cast<size_t>(row)], lengths[row]);
+    }
+}
+
 // Sums [columns, rows] of consecutive rows of every column: row r has lengths[r] values.
 void row_sums(const std::vector<uintptr_t>& columns, uintptr_t lengths, int64_t rows, uintptr_t sums, int threads,
               const char* isa) {
-    const CovKernels kernels = kernels_for(parse_isa(isa));
-    const int64_t* sizes = pointer<const int64_t>(lengths);
-    std::vector<int64_t> starts(static_cast<size_t>(rows + 1));
-    std::partial_sum(sizes, sizes + rows, starts.begin() + 1);
-    const int64_t items = rows * static_cast<int64_t>(columns.size());
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && starts.back() > kBlockTokens)
-    for (int64_t item = 0; item < items; ++item) {
-        const float* values = pointer<const float>(columns[static_cast<size_t>(item / rows)]);
-        pointer<double>(sums)[item] =
-            kernels.sum(values + starts[static_cast<size_t>(item % rows)], sizes[item % rows]);
+    std::vector<const float*> values;
+    for (const uintptr_t column : columns) values.push_back(pointer<const float>(column));
+    sum_rows(values.data(), static_cast<int64_t>(values.size()), pointer<const int64_t>(lengths), rows,
+             pointer<double>(sums), kernels_for(parse_isa(isa)), threads);
+}
+
+// A whole selection among rows that lie back to back: means, k = max(floor(ratio * tokens), 1), marks. Returns (k, mean
+// advantage, mean log-prob, candidates, tokens near a bound, tokens marked).
+std::tuple<int64_t, double, double, int64_t, int64_t, int64_t> cov_select(
+    uintptr_t log_probs, uintptr_t old_log_probs, uintptr_t advantages, uintptr_t keys,
+    const std::vector<int64_t>& lengths, double ratio, const std::array<double, 2>& bounds, double nearness,
+    const std::array<double, 2>& clip_bounds, bool by_covariance, uintptr_t chosen, int threads, const char* isa) {
+    const int64_t tokens = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+    const int64_t rows = static_cast<int64_t>(lengths.size());
+    if (!(ratio > 0) || tokens < 1 || tokens > INT32_MAX) {
+        throw std::invalid_argument("the ratio must be positive, tokens from 1 to below 2^31");
     }
+    const CovInputs inputs = {pointer<const float>(log_probs), pointer<const float>(old_log_probs),
+                              pointer<const float>(advantages)};
+    const CovKernels kernels = kernels_for(parse_isa(isa));
+    const float* columns[2] = {inputs.advantages, inputs.log_probs};
+    std::vector<double> sums(static_cast<size_t>(2 * rows));
+    sum_rows(columns, 2, lengths.data(), rows, sums.data(), kernels, threads);
+    double means[2] = {mean_of(sums.data(), rows, tokens), mean_of(sums.data() + rows, rows, tokens)};
+    if (std::isnan(means[0]) || std::isnan(means[1])) means[0] = means[1] = std::numeric_limits<double>::quiet_NaN();
+    const CovRule rule = cov_rule(means[0], means[1], bounds, nearness, clip_bounds);
+    const int64_t k = std::max(floor_share(ratio, tokens), int64_t{1});
+    const CovCounts counts = choose(inputs, rule, pointer<const int64_t>(keys), tokens, by_covariance, k,
+                                    pointer<uint8_t>(chosen), kernels, threads);
+    return {k, means[0], means[1], counts.candidates, counts.near, counts.marked};
 }
 
 void token_keys(uint64_t base, int64_t count, uintptr_t keys) {
@@ -213,9 +274,14 @@ void register_cov_select(py::module_& module) {
     using Guard = py::call_guard<py::gil_scoped_release>;
     module.def("cov_choose", &spear::cov_choose, Guard(), arg("log_probs"), arg("old_log_probs"), arg("advantages"),
                arg("keys"), arg("tokens"), arg("mean_advantage"), arg("mean_log_prob"), arg("bounds"),
-               arg("near_bounds"), arg("clip_bounds"), arg("by_covariance"), arg("k"), arg("chosen"), arg("threads"),
+               arg("nearness"), arg("clip_bounds"), arg("by_covariance"), arg("k"), arg("chosen"), arg("threads"),
                arg("isa"), "Marks the k smallest candidates, and those equal to the k-th; returns (candidates, tokens "
                "near a bound, tokens marked).");
+    module.def("cov_select", &spear::cov_select, Guard(), arg("log_probs"), arg("old_log_probs"), arg("advantages"),
+               arg("keys"), arg("lengths"), arg("ratio"), arg("bounds"), arg("nearness"), arg("clip_bounds"),
+               arg("by_covariance"), arg("chosen"), arg("threads"), arg("isa"),
+               "A whole selection among rows back to back; returns (k, mean advantage, mean log-prob, candidates, "
+               "tokens near a bound, tokens marked).");
     module.def("row_sums", &spear::row_sums, Guard(), arg("columns"), arg("lengths"), arg("rows"), arg("sums"),
                arg("threads"), arg("isa"),
                "Sums in double of rows back to back, in an order that depends on nothing but the length.");

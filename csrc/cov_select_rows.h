@@ -2,38 +2,95 @@
 
 constexpr int64_t kHalfWidth = kWidth / 2;
 
-typedef int64_t Long __attribute__((vector_size(4 * SPEAR_WIDTH)));
-
-SPEAR_INLINE Double broadcast_double(double value) { return value - Double{}; }
-
 SPEAR_INLINE Half load_half(const float* source) {
     Half value;
     __builtin_memcpy(&value, source, sizeof(value));
     return value;
 }
 
-// One bit for each of kWidth tokens: its covariance is in [low, high].
-SPEAR_INLINE unsigned in_range(const CovInputs& inputs, int64_t position, Double mean_advantage, Double mean_log_prob,
-                               Double low, Double high) {
-    unsigned bits = 0;
-    for (int64_t half = 0; half < 2; ++half) {
-        const int64_t i = position + half * kHalfWidth;
-        const Double covariance = (widened(load_half(inputs.advantages + i)) - mean_advantage) *
-                                  (widened(load_half(inputs.log_probs + i)) - mean_log_prob);
+// One bit for each lane where `one` is greater; none where either is NaN.
+SPEAR_INLINE unsigned above(Float one, Float other) {
 #if SPEAR_WIDTH == 16
-        const __mmask8 above = _mm512_cmp_pd_mask((__m512d)covariance, (__m512d)low, _CMP_GE_OQ);
-        bits |= static_cast<unsigned>(_mm512_mask_cmp_pd_mask(above, (__m512d)covariance, (__m512d)high, _CMP_LE_OQ))
-                << (half * kHalfWidth);
+    return _mm512_cmp_ps_mask((__m512)one, (__m512)other, _CMP_GT_OQ);
+#elif SPEAR_WIDTH == 8
+    return static_cast<unsigned>(_mm256_movemask_ps((__m256)(one > other)));
 #else
-        const Long mask = (covariance >= low) & (covariance <= high);
-#if SPEAR_WIDTH == 8
-        bits |= static_cast<unsigned>(_mm256_movemask_pd((__m256d)mask)) << (half * kHalfWidth);
-#else
-        bits |= ((mask[0] ? 1u : 0u) | (mask[1] ? 2u : 0u)) << (half * kHalfWidth);
-#endif
-#endif
-    }
+    const Int mask = one > other;
+    unsigned bits = 0;
+    for (int64_t lane = 0; lane < kWidth; ++lane) bits |= (mask[lane] ? 1u : 0u) << lane;
     return bits;
+#endif
+}
+
+SPEAR_INLINE Float magnitude(Float value) { return (Float)((Int)value & 0x7fffffff); }
+
+// What is asked of one token, in double.
+SPEAR_INLINE void judge_one(const CovInputs& inputs, int64_t i, const CovRule& rule, bool& candidate, bool& near) {
+    const double covariance = covariance_of(inputs, i, rule);
+    const float advantage = inputs.advantages[i];
+    // The difference is taken in float, as in the loss.
+    const double log_ratio = inputs.log_probs[i] - inputs.old_log_probs[i];
+    const bool clipped =
+        ((advantage > 0) & (log_ratio > rule.clip_high)) | ((advantage < 0) & (log_ratio < rule.clip_low));
+    near = ((covariance >= rule.near_lb[0]) & (covariance <= rule.near_lb[1])) |
+           ((covariance >= rule.near_ub[0]) & (covariance <= rule.near_ub[1]));
+    candidate = (covariance > rule.lb) & (covariance < rule.ub) & !clipped;
+}
+
+SPEAR_INLINE float rounded_down(double value) {
+    const float nearest = static_cast<float>(value);
+    return nearest > value ? __builtin_nextafterf(nearest, -__builtin_inff()) : nearest;
+}
+
+SPEAR_INLINE float rounded_up(double value) { return -rounded_down(-value); }
+
+// The rule in float, with what its rounding can do to a covariance: that of a token is within
+// share * |cov| + spread_log_prob * |A - mean| + spread_advantage * |logp - mean| of the one in double.
+struct CovFilter {
+    static constexpr float kShare = 4e-7f;  // six halves of a unit in the last place and some more
+    Float mean_advantage, mean_log_prob, spread_advantage, spread_log_prob;
+    Float least, most;      // surely inside and not near a bound: between these
+    Float lowest, highest;  // surely outside and not near a bound: beyond these
+    Float clip_low, clip_high;
+
+    SPEAR_METHOD explicit CovFilter(const CovRule& rule) {
+        const float advantage = static_cast<float>(rule.mean_advantage);
+        const float log_prob = static_cast<float>(rule.mean_log_prob);
+        mean_advantage = broadcast(advantage);
+        mean_log_prob = broadcast(log_prob);
+        spread_advantage = broadcast(1.01f * static_cast<float>(__builtin_fabs(advantage - rule.mean_advantage)));
+        spread_log_prob = broadcast(1.01f * static_cast<float>(__builtin_fabs(log_prob - rule.mean_log_prob)));
+        least = broadcast(rounded_up(rule.near_lb[1]));
+        most = broadcast(rounded_down(rule.near_ub[0]));
+        // Bounds may be NaN, which holds nothing, or swapped.
+        lowest = broadcast(rounded_down(__builtin_fmin(rule.near_lb[0], rule.near_ub[0])));
+        highest = broadcast(rounded_up(__builtin_fmax(rule.near_lb[1], rule.near_ub[1])));
+        clip_low = broadcast(rounded_up(rule.clip_low));      // for a float, x < bound is x < the float above it
+        clip_high = broadcast(rounded_down(rule.clip_high));  // and x > bound is x > the float below it
+    }
+};
+
+// One bit for each of kWidth tokens: a candidate for sure; float does not tell (a NaN among others).
+struct CovBits {
+    unsigned sure;
+    unsigned open;
+};
+
+SPEAR_INLINE CovBits filtered(const CovInputs& inputs, int64_t i, const CovFilter& rule) {
+    const Float tiny = Float{} + 1e-30f, zero = {};
+    const Float advantage = load(inputs.advantages + i), log_prob = load(inputs.log_probs + i);
+    const Float by_advantage = advantage - rule.mean_advantage, by_log_prob = log_prob - rule.mean_log_prob;
+    const Float covariance = by_advantage * by_log_prob;
+    const Float error = magnitude(covariance) * CovFilter::kShare + magnitude(by_advantage) * rule.spread_log_prob +
+                        magnitude(by_log_prob) * rule.spread_advantage + tiny;
+    const Float lower = covariance - error, upper = covariance + error;
+    const unsigned inside = above(lower, rule.least) & above(rule.most, upper);
+    const unsigned outside = above(rule.lowest, upper) | above(lower, rule.highest);
+    const Float log_ratio = log_prob - load(inputs.old_log_probs + i);
+    const unsigned clipped = (above(advantage, zero) & above(log_ratio, rule.clip_high)) |
+                             (above(zero, advantage) & above(rule.clip_low, log_ratio));
+    constexpr unsigned kAll = (1u << kWidth) - 1;
+    return {inside & ~clipped, kAll & ~(inside | outside)};
 }
 
 // Appends position + lane of every bit to places[count...], without a branch that depends on them: it may write kWidth
@@ -54,46 +111,30 @@ SPEAR_INLINE int64_t append(unsigned bits, int64_t position, int32_t* places, in
     return count + __builtin_popcount(bits);
 }
 
-// Tokens whose covariance is in [lowest, highest], a range that holds every candidate and every token near a bound.
-// Few are: what remains to be asked of them is asked one by one, and the old log-probs of others are never read.
-static int64_t collect_range(const CovInputs& inputs, int64_t start, int64_t stop, const CovRule& rule,
-                             int32_t* places) {
-    const double lowest = __builtin_fmin(rule.near_lb[0], rule.near_ub[0]);  // a bound may be NaN: it holds nothing
-    const double highest = __builtin_fmax(rule.near_lb[1], rule.near_ub[1]);
-    const Double low = broadcast_double(lowest), high = broadcast_double(highest);
-    const Double mean_advantage = broadcast_double(rule.mean_advantage);
-    const Double mean_log_prob = broadcast_double(rule.mean_log_prob);
-    int64_t count = 0, i = start;
+// Float decides about nearly all tokens, double about the rest: the result is that of double.
+static void cov_block(const CovInputs& inputs, int64_t start, int64_t stop, const CovRule& rule, CovBlock& block) {
+    const CovFilter filter(rule);
+    int32_t* places = block.places;
+    int64_t candidates = 0, num_near = 0, i = start;
+    bool candidate, near;
     for (; i + kWidth <= stop; i += kWidth) {
-        count = append(in_range(inputs, i, mean_advantage, mean_log_prob, low, high), i, places, count);
+        CovBits bits = filtered(inputs, i, filter);
+        for (unsigned open = bits.open; open; open &= open - 1) {
+            const int lane = __builtin_ctz(open);
+            judge_one(inputs, i + lane, rule, candidate, near);
+            bits.sure |= (candidate ? 1u : 0u) << lane;
+            num_near += near;
+        }
+        candidates = append(bits.sure, i, places, candidates);
     }
     for (; i < stop; ++i) {
-        const double covariance = covariance_of(inputs, i, rule);
-        places[count] = static_cast<int32_t>(i);
-        count += (covariance >= lowest) & (covariance <= highest);
-    }
-    return count;
-}
-
-static void cov_block(const CovInputs& inputs, int64_t start, int64_t stop, const CovRule& rule, CovBlock& block) {
-    int32_t* places = block.places;
-    const int64_t count = collect_range(inputs, start, stop, rule, places);
-    int64_t candidates = 0, near = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const int32_t place = places[i];
-        const double covariance = covariance_of(inputs, place, rule);
-        const float advantage = inputs.advantages[place];
-        // The difference is taken in float, as in the loss.
-        const double log_ratio = inputs.log_probs[place] - inputs.old_log_probs[place];
-        const bool clipped =
-            ((advantage > 0) & (log_ratio > rule.clip_high)) | ((advantage < 0) & (log_ratio < rule.clip_low));
-        near += ((covariance >= rule.near_lb[0]) & (covariance <= rule.near_lb[1])) |
-                ((covariance >= rule.near_ub[0]) & (covariance <= rule.near_ub[1]));
-        places[candidates] = place;
-        candidates += (covariance > rule.lb) & (covariance < rule.ub) & !clipped;
+        judge_one(inputs, i, rule, candidate, near);
+        places[candidates] = static_cast<int32_t>(i);
+        candidates += candidate;
+        num_near += near;
     }
     block.candidates = candidates;
-    block.near = near;
+    block.near = num_near;
 }
 
 // Sum in double of at most kSumBlock values, over kSumLanes interleaved sums that are then folded in halves.

@@ -143,8 +143,15 @@ struct DoubleSums {
 
 // Booleans of torch as a mask.
 SPEAR_INLINE Int load_mask(const uint8_t* source) {
+    // gcc widens a vector of bytes one by one where it is left to itself.
+#if SPEAR_WIDTH == 16
+    return (Int)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))) != 0;
+#elif SPEAR_WIDTH == 8
+    return (Int)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))) != 0;
+#else
     typedef int8_t Bytes __attribute__((vector_size(SPEAR_WIDTH)));
     Bytes bytes;
     __builtin_memcpy(&bytes, source, sizeof(bytes));
     return __builtin_convertvector(bytes, Int) != 0;
+#endif
 }

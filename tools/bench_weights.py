@@ -121,7 +121,7 @@ class Receiver:
         """The other rank works alone."""
 
     def shared_memory(self) -> None:
-        from fake_control import Unpickler
+        from spear_megatron.testing.payloads import Unpickler
 
         store = self.sender.parallel.store
         for _ in self.sender.plan.buckets:

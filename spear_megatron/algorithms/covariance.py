@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from spear_megatron.algorithms.draw import Gather, smallest_across
+from spear_megatron.algorithms.draw import Gather, alone, smallest_across
 from spear_megatron.algorithms.rounding import floor_share
 from spear_megatron.kernels.cov_select import (
     Chosen,
     CovJudge,
     CovTokens,
     cov_candidates,
-    cov_chosen,
+    cov_selected,
     covariances,
     row_sums,
     token_keys,
@@ -99,7 +99,7 @@ class Selection:
 def select_tokens(
     rows: Sequence[TokenSet],
     rule: ClipCovRule | KlCovRule,
-    gather: Gather = lambda own: [own],
+    gather: Gather = alone,
     implementation: str = "auto",
 ) -> Selection:
     """Choose tokens among the rows of all data-parallel ranks; every rank calls this with its own rows.
@@ -111,13 +111,17 @@ def select_tokens(
         rows: this rank's; copies on tensor, pipeline or context ranks must not be counted again.
         rule: how to choose.
         gather: values of all ranks, small arrays (all covariances once if bounds are quantiles). The default decides
-            within these rows alone, as the released code does per micro-batch.
+            within these rows alone, as the released code does per micro-batch, in one call of the compiled kernel.
         implementation: of the local part, see :func:`cov_candidates`; no effect on what is chosen.
 
     Raises:
         ValueError: a row's tensors differ in length, or two rows share their keys.
     """
     tokens = _Tokens.of(rows)
+    if gather is alone and use_compiled(implementation):
+        selection = _select_here(tokens, rule)
+        if selection is not None:
+            return selection
     means = _means(tokens, gather, implementation)
     k = max(floor_share(rule.ratio, means.num_tokens), 1) if rule.ratio > 0 and means.num_tokens else 0
     judge = CovJudge(means.advantage, means.log_prob)
@@ -125,13 +129,8 @@ def select_tokens(
         lb, ub = rule.lb, rule.ub
         if rule.quantiles is not None:
             lb, ub = _quantiles(covariances(tokens.values, means.advantage, means.log_prob), rule.quantiles, gather)
-        judge = CovJudge(means.advantage, means.log_prob, lb, ub, rule.clip_ratio_low, rule.clip_ratio_high)
-    by_covariance = isinstance(rule, KlCovRule)
-    chosen = None
-    if means.num_ranks == 1 and k > 0 and use_compiled(implementation):
-        chosen = _chosen_here(tokens, judge, k, by_covariance)
-    if chosen is None:
-        chosen = _chosen_anywhere(tokens, judge, k, by_covariance, gather, implementation)
+        judge = _judge(rule)._replace(mean_advantage=means.advantage, mean_log_prob=means.log_prob, lb=lb, ub=ub)
+    chosen = _chosen_anywhere(tokens, judge, k, isinstance(rule, KlCovRule), gather, implementation)
     return Selection(
         masks=list(chosen.mask.split(tokens.lengths)) if rows else [],
         num_tokens=means.num_tokens,
@@ -145,10 +144,36 @@ def select_tokens(
     )
 
 
-def _chosen_here(tokens: _Tokens, judge: CovJudge, k: int, by_covariance: bool) -> Chosen | None:
-    """The choice where one rank has all tokens, in one call of the kernel; None where tokens tie at the border."""
-    found = cov_chosen(tokens.values, judge, k, by_covariance=by_covariance)
-    return found if found.num_chosen <= k else None
+def _judge(rule: ClipCovRule | KlCovRule) -> CovJudge:
+    """The rule's bounds and clips, before the means are known."""
+    if isinstance(rule, KlCovRule):
+        return CovJudge(0.0, 0.0)
+    return CovJudge(0.0, 0.0, rule.lb, rule.ub, rule.clip_ratio_low, rule.clip_ratio_high)
+
+
+def _select_here(tokens: _Tokens, rule: ClipCovRule | KlCovRule) -> Selection | None:
+    """The selection where one rank has all tokens, in one call of the kernel.
+
+    None where that does not decide: tokens tie at the border, quantiles are asked for, or there is nothing to choose.
+    """
+    num_tokens = len(tokens.parts[0])
+    if not rule.ratio > 0 or num_tokens == 0 or (isinstance(rule, ClipCovRule) and rule.quantiles is not None):
+        return None
+    judge, by_covariance = _judge(rule), isinstance(rule, KlCovRule)
+    found = cov_selected(tokens.parts, tokens.lengths, rule.ratio, judge, by_covariance=by_covariance)
+    if found.num_chosen > found.k:
+        return None
+    return Selection(
+        masks=[found.mask] if len(tokens.lengths) == 1 else list(found.mask.split(tokens.lengths)),
+        num_tokens=num_tokens,
+        num_candidates=found.num_candidates,
+        num_selected=found.num_chosen,
+        num_near_bound=found.num_near_bound,
+        lb=judge.lb,
+        ub=judge.ub,
+        mean_advantage=found.mean_advantage,
+        mean_log_prob=found.mean_log_prob,
+    )
 
 
 def _chosen_anywhere(
@@ -156,11 +181,12 @@ def _chosen_anywhere(
 ) -> Chosen:
     """This rank's part of the choice over all ranks, and their counts."""
     # One more than can be chosen: it shows whether equal tokens stand at the border.
-    found = cov_candidates(tokens.values, judge, k + 1, by_covariance=by_covariance, implementation=implementation)
+    values = tokens.values
+    found = cov_candidates(values, judge, k + 1, by_covariance=by_covariance, implementation=implementation)
     columns = tokens.columns(found.places)
     if by_covariance:
         columns.insert(0, -(columns[3] - judge.mean_advantage) * (columns[4] - judge.mean_log_prob))
-    chosen = np.zeros(len(tokens.values.keys), dtype=bool)
+    chosen = np.zeros(len(values.keys), dtype=bool)
     chosen[found.places] = smallest_across(columns, k, gather)
     own = np.array([found.num_candidates, found.num_near_bound, np.count_nonzero(chosen)])
     num_candidates, num_near_bound, num_chosen = np.sum(gather(own), axis=0).tolist()
@@ -169,9 +195,13 @@ def _chosen_anywhere(
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """All tokens of this rank, rows back to back."""
+    """All tokens of this rank, rows back to back.
 
-    values: CovTokens
+    Attributes:
+        parts: log-probs, old log-probs, advantages (float32 [T]) and keys (int64 [T]), contiguous, on the host.
+    """
+
+    parts: list[torch.Tensor]
     lengths: list[int]
 
     @classmethod
@@ -181,21 +211,26 @@ class _Tokens:
             if not length == len(row.old_log_probs) == len(row.advantages) == len(row.keys):
                 raise ValueError("A row's log_probs, old_log_probs, advantages and keys must have one length.")
         if not rows:
-            nothing = np.zeros(0, dtype=np.float32)
-            return cls(CovTokens(nothing, nothing, nothing, np.zeros(0, dtype=np.int64)), [])
+            return cls([torch.empty(0)] * 3 + [torch.empty(0, dtype=torch.int64)], [])
         names = ("log_probs", "old_log_probs", "advantages")
         parts = [_joined([getattr(row, name) for row in rows]).float() for name in names]
-        if any(part.device.type != "cpu" for part in parts):
+        if not all(part.is_cpu for part in parts):
             parts = list(torch.stack(parts).cpu())  # one copy from the device for everything
         keys = _joined([row.keys for row in rows]).cpu()
-        return cls(CovTokens(*(part.contiguous().numpy() for part in (*parts, keys))), lengths)
+        return cls([part.contiguous() for part in (*parts, keys)], lengths)
+
+    @property
+    def values(self) -> CovTokens:
+        """The parts, as numpy sees them."""
+        return CovTokens(*(part.numpy() for part in self.parts))
 
     def columns(self, places: np.ndarray) -> list[np.ndarray]:
         """What orders the tokens at ``places``: key, key of the row, position in it, advantage and log-prob."""
         lengths = np.array(self.lengths, dtype=np.int64)
         ends = np.cumsum(lengths)
         starts = (ends - lengths)[np.searchsorted(ends, places, side="right")]
-        keys, values = self.values.keys, self.values
+        values = self.values
+        keys = values.keys
         doubles = [column[places].astype(np.float64) for column in (values.advantages, values.log_probs)]
         return [keys[places], keys[starts], places - starts, *doubles]
 
@@ -210,22 +245,22 @@ class _Means(NamedTuple):
     num_tokens: int
     advantage: float
     log_prob: float
-    num_ranks: int
 
 
 def _means(tokens: _Tokens, gather: Gather, implementation: str) -> _Means:
     """Means over all ranks. Rows are added exactly: order has no effect."""
-    columns = (tokens.values.advantages, tokens.values.log_probs)
+    values = tokens.values
+    columns = (values.advantages, values.log_probs)
     own = row_sums(columns, tokens.lengths, implementation=implementation)
     parts = gather(np.vstack([tokens.lengths, own]))
     sums = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     lengths, advantages, log_probs = sums.tolist()
     count = int(sum(lengths))
     if count == 0:
-        return _Means(0, 0.0, 0.0, len(parts))
+        return _Means(0, 0.0, 0.0)
     if not np.isfinite(sums).all():  # a step that the trainer will skip: no covariance, no selection
-        return _Means(count, math.nan, math.nan, len(parts))
-    return _Means(count, math.fsum(advantages) / count, math.fsum(log_probs) / count, len(parts))
+        return _Means(count, math.nan, math.nan)
+    return _Means(count, math.fsum(advantages) / count, math.fsum(log_probs) / count)
 
 
 def _quantiles(covariance: np.ndarray, quantiles: tuple[float, float], gather: Gather) -> tuple[float, float]:

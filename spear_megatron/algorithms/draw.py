@@ -11,6 +11,11 @@ Gather = Callable[[Any], list[Any]]
 """From this data-parallel rank's value to those of all ranks, in rank order; a collective call."""
 
 
+def alone(own: Any) -> list[Any]:
+    """The :data:`Gather` of a single rank."""
+    return [own]
+
+
 def smallest_across(columns: Sequence[np.ndarray], k: int, gather: Gather) -> np.ndarray:
     """Which of this rank's items are among the ``k`` smallest of all ranks.
 

@@ -110,7 +110,7 @@ def cov_chosen(
         mean_advantage=judge.mean_advantage,
         mean_log_prob=judge.mean_log_prob,
         bounds=(judge.lb, judge.ub),
-        near_bounds=(judge.lb - _NEAR, judge.lb + _NEAR, judge.ub - _NEAR, judge.ub + _NEAR),
+        nearness=_NEAR,
         clip_bounds=judge.log_bounds(),
         by_covariance=by_covariance,
         k=k,
@@ -119,6 +119,63 @@ def cov_chosen(
         isa=isa,
     )
     return Chosen(num_candidates, num_near_bound, num_chosen, mask)
+
+
+class SelectedHere(NamedTuple):
+    """What :func:`cov_selected` finds.
+
+    Attributes:
+        k: max(floor(ratio * tokens), 1).
+        mean_advantage, mean_log_prob: of the tokens; both NaN where a value is not finite.
+        num_candidates, num_near_bound, num_chosen, mask: as in :class:`Chosen`.
+    """
+
+    k: int
+    mean_advantage: float
+    mean_log_prob: float
+    num_candidates: int
+    num_near_bound: int
+    num_chosen: int
+    mask: torch.Tensor
+
+
+def cov_selected(
+    columns: Sequence[torch.Tensor],
+    lengths: list[int],
+    ratio: float,
+    judge: CovJudge,
+    *,
+    by_covariance: bool = False,
+    isa: str = "auto",
+) -> SelectedHere:
+    """Means, k and choice of a whole selection in one call of the compiled kernel, for tokens that lie on one rank.
+
+    Args:
+        columns: log-probs, old log-probs, advantages (float32 [T]) and keys (int64 [T]); contiguous, on the host.
+        lengths: of the rows that lie back to back; T is their sum, at least 1.
+        ratio: above 0.
+        judge: bounds and clips; its means are not used.
+        by_covariance, isa: see :func:`cov_candidates`.
+    """
+    log_probs, old_log_probs, advantages, keys = columns
+    mask = torch.empty(len(keys), dtype=torch.bool)
+    k, mean_advantage, mean_log_prob, *counts = compiled_module().cov_select(
+        log_probs=log_probs.data_ptr(),
+        old_log_probs=old_log_probs.data_ptr(),
+        advantages=advantages.data_ptr(),
+        keys=keys.data_ptr(),
+        lengths=lengths,
+        ratio=ratio,
+        bounds=(judge.lb, judge.ub),
+        nearness=_NEAR,
+        clip_bounds=judge.log_bounds(),
+        by_covariance=by_covariance,
+        chosen=mask.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+    num_candidates, num_near_bound, num_chosen = counts
+    return SelectedHere(k, mean_advantage, mean_log_prob, num_candidates, num_near_bound, num_chosen, mask)
 
 
 def cov_candidates(

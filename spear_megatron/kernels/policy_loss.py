@@ -95,17 +95,22 @@ def _check(tokens: PolicyTokens, mode: str, implementation: str) -> None:
     first = tokens.log_probs
     if first.dim() != 1 or not first.is_floating_point():
         raise ValueError(f"log_probs must be floating [T], not {first.dtype} {list(first.shape)}")
-    shape, dtype, device = first.shape, first.dtype, first.device
-    for name, value in zip(tokens._fields, tokens, strict=True):
-        wanted = torch.bool if name in ("selected", "mask") else dtype
-        if value is not None and (value.shape != shape or value.dtype != wanted or value.device != device):
-            raise ValueError(
-                f"{name} must be {wanted} [{len(first)}] on {device} as log_probs are, "
-                f"not {value.dtype} {list(value.shape)} on {value.device}"
-            )
+    for name, value in zip(tokens._fields[1:4], tokens[1:4], strict=True):
+        _check_like(name, value, first, first.dtype)
+    for name, chosen in (("selected", tokens.selected), ("mask", tokens.mask)):
+        if chosen is not None:
+            _check_like(name, chosen, first, torch.bool)
     check_mode(mode, tokens.selected)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def _check_like(name: str, value: Tensor, first: Tensor, dtype: torch.dtype) -> None:
+    if value.dtype is not dtype or value.shape != first.shape or value.device != first.device:
+        raise ValueError(
+            f"{name} must be {dtype} [{len(first)}] on {first.device} as log_probs are, "
+            f"not {value.dtype} {list(value.shape)} on {value.device}"
+        )
 
 
 class _CompiledPolicyLoss(torch.autograd.Function):

@@ -68,6 +68,7 @@ _TRAINING = (
     Metric("training/nonfinite_steps", "optimizer steps skipped so far for a non-finite loss or gradient", "steps"),
     Metric("training/loss_spikes", "optimizer steps so far above trainer.loss_spike.factor times the usual", "steps"),
     Metric("training/spike_ratio", "largest trainer.loss_spike.metric of the step over its running median", "ratio"),
+    Metric("training/trajectories_lost", "ranks whose trajectories of the step could not be written", "ranks"),
     Metric("training/policy_version", "version of the weights that sampled this step", "version"),
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spear_megatron.observability.files import sync_path, write_atomically
+from spear_megatron.observability.files import named_errors, sync_path, write_atomically
 
 
 class StepLines:
@@ -38,17 +38,22 @@ class StepLines:
 
         Raises:
             ValueError: ``step`` does not come after the last one written, or a number is not finite.
+            OSError: it could not be written; names the file. What stands there of the line is cut off when the file
+                is opened again.
         """
         if step <= self.last_step:
             raise ValueError(f"step {step} is already recorded in {self.path} (last step: {self.last_step})")
-        self._stream.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        with named_errors(self.path):
+            self._stream.write(data)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
         self.last_step = step
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
-        self._stream.close()
+        with named_errors(self.path):
+            self._stream.close()
 
 
 def read_step_lines(path: Path, version: int) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from spear_megatron.parallel.agreement import (
 )
 from spear_megatron.parallel.errors import RunError
 from spear_megatron.parallel.state import ParallelState
-from spear_megatron.rollout.acceptance import Acceptance, AcceptanceLog, accept
+from spear_megatron.rollout.acceptance import Acceptance, AcceptanceLog, GroupRecord, accept
 from spear_megatron.rollout.engine import SamplingParams
 from spear_megatron.rollout.loop_thread import CLOSE_S, LoopThread
 from spear_megatron.rollout.oversampling import Drawn, Portion
@@ -140,7 +140,8 @@ class Collector:
         """Roll out every task somewhere and return this leader's groups with the common index.
 
         Raises:
-            RunError: on every rank, when any leader failed; names phase, ranks and messages.
+            RunError: on every rank, when any leader failed, or infrastructure in every group of all leaders; names
+                phase, ranks and messages.
             RunTimeout: a leader stayed silent beyond the deadline.
         """
         plan = self._plan(tasks)
@@ -234,7 +235,10 @@ class Collector:
             self._holders = {task: owner for task, owner in self._holders.items() if task not in gone}
         else:
             own = drawn.records if drawn is not None else []
-            records = [record for part in gather_objects(self._parallel, own) for record in part]
+            error = drawn.error if drawn is not None else None
+            parts = gather_objects(self._parallel, (own, error))
+            records = [record for part, _ in parts for record in part]
+            _refuse_total_failure(plan.phase, records, [text for _, text in parts if text is not None])
             candidates = [index for index, _ in tasks.prompts]
             acceptance = accept(tasks.step, tasks.batch, tasks.wanted, candidates, records)
             with agreed(self._parallel, f"recording of {plan.phase}"):
@@ -280,6 +284,12 @@ class Collector:
             self._runner.run(_await(closer), CLOSE_S)
         except TimeoutError as error:
             _LOG.warning("closing after the rollouts goes on without an answer: %s", error)
+
+
+def _refuse_total_failure(phase: str, records: Sequence[GroupRecord], errors: Sequence[str]) -> None:
+    """RunError where every group that any leader started failed: there is nothing to train on, and a reason to name."""
+    if errors and records and all(record.failed for record in records):
+        raise RunError(f"{phase}: infrastructure failed in all {len(records)} groups of all ranks, first: {errors[0]}")
 
 
 def _described(failure: Exception) -> str:

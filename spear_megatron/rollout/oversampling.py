@@ -93,11 +93,13 @@ class Portion:
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """What one leader has when it stops, by prompt index: complete groups, a record of every started one, and what can
-    be kept for a later step if it is not accepted."""
+    be kept for a later step if it is not accepted. ``error`` is the first one of episodes whose infrastructure failed.
+    """
 
     groups: dict[int, Group]
     records: list[GroupRecord]
     held: dict[int, HeldGroup] = field(default_factory=dict)
+    error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,6 @@ async def draw_groups(drawing: Drawing, portion: Portion) -> Drawn:
 
     Raises:
         TimeoutError: after ``deadline_s``, naming unfinished groups.
-        RuntimeError: every group that this leader started failed, and nobody has a sound one; carries the first error.
         ValueError: of an episode, when the task or the settings are at fault.
     """
     return await _Leader(drawing, portion).play()
@@ -167,12 +168,12 @@ class _Leader:
             for task in self._running:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
-        self._refuse_total_failure()
         ends = [(before, self._held(before)) for before in self._started.values()]
         ends += [(before, before) for before, _ in self._waiting]  # held ones that had no turn
         records = [self._record(before, after) for before, after in ends]
         kept = {record.task for record in records if record.held}
-        return Drawn(self._groups, records, {after.task: after for _, after in ends if after.task in kept})
+        held = {after.task: after for _, after in ends if after.task in kept}
+        return Drawn(self._groups, records, held, self._error())
 
     def _fill(self) -> None:
         while len(self._running) < self._most and (found := self._next()) is not None:
@@ -285,9 +286,6 @@ class _Leader:
             f"unfinished here: {', '.join(names[:_MAX_NAMED])}{more} (step-task)"
         )
 
-    def _refuse_total_failure(self) -> None:
-        if len(self._groups) < len(self._started) or self._p.work.num_complete:
-            return  # others are sound, or were only stopped: a failed group is passed over
-        members = [member for group in self._groups.values() for member in group.trajectories]
-        if members and not any(member.valid for member in members):
-            raise RuntimeError(f"infrastructure failed in all {len(members)} episodes, first: {members[0].error}")
+    def _error(self) -> str | None:
+        members = (member for group in self._groups.values() for member in group.trajectories)
+        return next((member.error for member in members if not member.valid), None)

@@ -7,8 +7,6 @@ was sampled twice, lost or aborted read its counters.
 from __future__ import annotations
 
 import asyncio
-import base64
-import pickle
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -324,6 +322,8 @@ class FakeSGLang:
         return web.Response(text="Cache flushed.")
 
     async def _update(self, request: web.Request) -> web.StreamResponse:
+        from spear_megatron.testing.payloads import read_payload  # torch: many stand-ins never get weights
+
         body = await request.json()
         self.events.append("update_weights_from_tensor")
         if self._is_at_least(21) and not self._session:
@@ -331,9 +331,7 @@ class FakeSGLang:
             return web.json_response({"success": False, "message": text}, status=400)
         if body.get("flush_cache", True) and self._running:
             await self._die("cache flush under running requests", request)
-        self.updates += [
-            [name for name, _ in pickle.loads(base64.b64decode(text))] for text in body["serialized_named_tensors"]
-        ]
+        self.updates += [list(read_payload(text)[0]) for text in body["serialized_named_tensors"]]
         if body.get("weight_version") is not None:
             self.weight_version = body["weight_version"]
         return web.json_response({"success": True, "message": "Success"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from spear_megatron.data.batch_files import BatchInfo, BatchRow
 from spear_megatron.data.files import FileEntry
 from spear_megatron.evaluation.run import evaluate
 from spear_megatron.observability.timing import PhaseTimer
+from spear_megatron.observability.trajectories import Kind
 from spear_megatron.parallel.agreement import agree_any, agreed, gather_objects
 from spear_megatron.parallel.errors import RunError, named_waits
 from spear_megatron.rollout.collect import Collected, Tasks
@@ -24,7 +25,7 @@ from spear_megatron.trainer.parts import Parts, Progress, StepSettings
 from spear_megatron.trainer.run_config import TrainerConfig
 from spear_megatron.trainer.scoring import Scores
 from spear_megatron.trainer.watch import Watch
-from spear_megatron.types import TrajectoryId
+from spear_megatron.types import Group, TrajectoryId
 
 
 @dataclass
@@ -117,38 +118,60 @@ class RunFrame:
             seed=self.trainer.seed,
         )
         self._metrics.update(result.report.scalars("val/"))
-        if self.parts.trajectories is not None:
-            self.parts.trajectories.write(step, result.groups, {}, kind="val")
+        self._keep_trajectories(step, result.groups, {}, kind="val")
 
     def record(self, step: int, collected: Collected, scores: Scores) -> None:
         """One line of the record, before the step's checkpoint: a crash between them loses nothing."""
         timings = self._timer.take()
         imitation = self.parts.imitation
         pushed = imitation.pushed_ids if imitation is not None else ()
-        if self.parts.trajectories is not None:
-            self.parts.trajectories.write(step, collected.groups, scores.rewards, keep_ids=pushed)
-        if imitation is not None:
-            lineage = imitation.lineage(step, scores, self._used)
-            if self.parts.lineage is not None:
+        self._keep_trajectories(step, collected.groups, scores.rewards, keep_ids=pushed)
+        lineage = imitation.lineage(step, scores, self._used) if imitation is not None else None
+        metrics = self._step_metrics(collected, scores, timings)
+        with agreed(self.parts.parallel, f"recording of step {step}"):
+            if lineage is not None and self.parts.lineage is not None:
                 self.parts.lineage.write(step, lineage)
-        self.parts.recorder.write(
-            step,
-            {
-                **mean_metrics(self._updates),
-                **replay_token_share(self._updates),
-                **rollout_metrics(collected.index, scores),
-                **throughput_metrics(collected.index, timings, self.parts.parallel.world_size),
-                **self._engine_metrics(),
-                **self.watch.take(timings["timing_s/step"]),
-                **self._metrics,
-                "training/num_optimizer_steps": float(len(self._updates)),
-                "training/skipped_steps": float(self.progress.skipped_steps),
-                "training/nonfinite_steps": float(self.progress.nonfinite_steps),
-                "training/loss_spikes": float(self.progress.loss_spikes),
-                **timings,
-            },
-        )
+            self.parts.recorder.write(step, metrics)
         self.progress.step = step
+
+    def _step_metrics(
+        self, collected: Collected, scores: Scores, timings: Mapping[str, float]
+    ) -> dict[str, float]:
+        """The figures of a step; collective."""
+        return {
+            **mean_metrics(self._updates),
+            **replay_token_share(self._updates),
+            **rollout_metrics(collected.index, scores),
+            **throughput_metrics(collected.index, timings, self.parts.parallel.world_size),
+            **self._engine_metrics(),
+            **self.watch.take(timings["timing_s/step"]),
+            **self._metrics,
+            "training/num_optimizer_steps": float(len(self._updates)),
+            "training/skipped_steps": float(self.progress.skipped_steps),
+            "training/nonfinite_steps": float(self.progress.nonfinite_steps),
+            "training/loss_spikes": float(self.progress.loss_spikes),
+            **timings,
+        }
+
+    def _keep_trajectories(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        rewards: Mapping[TrajectoryId, float],
+        kind: Kind = "train",
+        keep_ids: Collection[TrajectoryId] = (),
+    ) -> None:
+        """Write what people look at; collective. A disk that refuses is told and counted, and stops no training."""
+        problem = None
+        if self.parts.trajectories is not None:
+            try:
+                self.parts.trajectories.write(step, groups, rewards, kind=kind, keep_ids=keep_ids)
+            except OSError as error:
+                problem = str(error)
+        lost = [text for text in gather_objects(self.parts.parallel, problem) if text is not None]
+        if lost:
+            self.parts.recorder.message(f"step {step}: trajectories of {len(lost)} ranks could not be kept: {lost[0]}")
+        self._metrics["training/trajectories_lost"] = self._metrics.get("training/trajectories_lost", 0.0) + len(lost)
 
     def _engine_metrics(self) -> dict[str, float]:
         """Figures of the engine, summed over the leaders."""

@@ -11,6 +11,7 @@ import torch
 from spear_megatron.algorithms.aggregation import Totals, count_totals, token_weights
 from spear_megatron.algorithms.config import RolloutCorrectionConfig
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, Selection, TokenSet, select_tokens, token_keys
+from spear_megatron.algorithms.draw import alone
 from spear_megatron.algorithms.off_policy import LOG_RATIO_LIMIT, off_policy_weights
 from spear_megatron.data.packing import WeightedRow, row_key
 from spear_megatron.parallel.agreement import gather_objects
@@ -223,7 +224,8 @@ class ObjectiveBuilder:
             assert rule is not None
             members = [position for position, item in enumerate(rows) if item.replayed == replayed]
             sets = [_token_set(rows[i].row, current.get(row_key(rows[i].row)), keys[i]) for i in members]
-            selection = select_tokens(sets, rule, self._gather, self.config.kernels)
+            gather = self._gather if self.parallel.dp_size > 1 else alone
+            selection = select_tokens(sets, rule, gather, self.config.kernels)
             for position, mask in zip(members, selection.masks, strict=True):
                 result[position] = replace(rows[position], selected=_spread(rows[position].row, mask))
             metrics |= _cov_metrics(selection, "cov/replay_" if replayed else "cov/")

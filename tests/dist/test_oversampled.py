@@ -30,13 +30,17 @@ async def _no_stop() -> None:
     return None
 
 
-def _collector(parallel: Any, delay_s: float, decisions: AcceptanceLog | None = None, **options: Any) -> Collector:
-    """Episodes of ``delay_s``, except for the slow group's."""
+def _collector(
+    parallel: Any, delay_s: float, decisions: AcceptanceLog | None = None, *, broken: bool = False
+) -> Collector:
+    """Episodes of ``delay_s``, except for the slow group's; ``broken``: infrastructure fails in all of them."""
 
     async def run(prompt: Prompt, key: TrajectoryId, slot: EpisodeSlot) -> Trajectory:
         await asyncio.sleep(30 if key.task == SLOW else delay_s)
         mask = torch.tensor([False, True, True])
         segment = Segment(torch.tensor([1, 2, 3], dtype=torch.int32), mask, mask.float() * -1.0)
+        if broken:
+            return Trajectory(key, (segment,), RewardParts(0.0), StopReason.INFRASTRUCTURE, 4, error="no sandbox")
         return Trajectory(key, (segment,), RewardParts(float(key.sample)), StopReason.ANSWER, policy_version=4)
 
     async def run_groups(tasks: Tasks, own: Sequence[tuple[int, Prompt]]) -> list[Group]:
@@ -54,7 +58,7 @@ def _collector(parallel: Any, delay_s: float, decisions: AcceptanceLog | None = 
     leads = parallel.is_leader
     return Collector(
         parallel, run_groups if leads else None, leaders=list(range(0, parallel.world_size, parallel.tp_size)),
-        timeout_s=20.0, run_drawn=run_drawn if leads else None, decisions=decisions, **options,
+        timeout_s=20.0, run_drawn=run_drawn if leads else None, decisions=decisions,
     )  # fmt: skip
 
 
@@ -120,6 +124,25 @@ def collect_with_a_broken_leader() -> str:
         parallel.destroy()
 
 
+def collect_with_broken_infrastructure() -> tuple[list[int], str]:
+    """Tasks that this rank sees as sound when the first leader fails in all of its groups at once, and what it says
+    when both do."""
+    parallel = initialize(1, 1)
+    try:
+        first = parallel.rank == 0
+        tasks = Tasks("train", 5, PROMPTS[2:], 2, SamplingParams(max_new_tokens=4), wanted=8, batch=0)
+        collector = _collector(parallel, 0.01 if first else 1.0, broken=first)
+        sound = sorted({row.id.task for row in collector.collect(tasks).index if row.valid})
+        collector.close()
+        collector = _collector(parallel, 0.01, broken=True)
+        with pytest.raises(RunError) as failure:
+            collector.collect(tasks)
+        collector.close()
+        return sound, str(failure.value)
+    finally:
+        parallel.destroy()
+
+
 def count_work() -> tuple[list[int], int]:
     """Numbers that this rank draws of 40, and the count of both ranks."""
     parallel = initialize(1, 1)
@@ -168,3 +191,9 @@ def test_ranks_that_do_not_lead_know_the_decision() -> None:
     leader, follower = run_ranks(collect_over_sampled, 2, 2)
     for one, other in zip(leader, follower, strict=True):
         assert other["own"] == [] and {**one, "own": []} == other and len(one["own"]) == 8
+
+
+def test_a_leader_without_a_sound_group_waits_for_the_others() -> None:
+    (sound, text), (same, also) = run_ranks(collect_with_broken_infrastructure, 2)
+    assert sound and sound == same
+    assert text == also and "infrastructure failed in all 10 groups of all ranks, first: no sandbox" in text

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,47 +12,7 @@ import torch
 
 from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang.control import ServerInfo
-
-METADATA = ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata")
-
-
-@dataclass
-class Metadata:
-    """SGLang's class, as its server would see it."""
-
-    name: str
-    shape: Any
-    dtype: torch.dtype
-    start_idx: int
-    end_idx: int
-    numel: int
-
-
-class Unpickler(pickle.Unpickler):
-    """Resolves SGLang's class to ours, and remembers every name that a payload asks for."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self.asked: set[tuple[str, str]] = set()
-
-    def find_class(self, module: str, name: str) -> Any:
-        self.asked.add((module, name))
-        return Metadata if (module, name) == METADATA else super().find_class(module, name)
-
-
-def read_payload(text: str) -> tuple[dict[str, torch.Tensor], set[tuple[str, str]]]:
-    """(tensors by name, names of the classes and functions that the pickle asks for)."""
-    unpickler = Unpickler(base64.b64decode(text, validate=True))
-    value = unpickler.load()
-    if isinstance(value, list):
-        return {name: tensor.clone() for name, tensor in value}, unpickler.asked
-    flat = value["flattened_tensor"]
-    tensors = {
-        meta.name: flat[meta.start_idx : meta.end_idx].view(meta.dtype).reshape(meta.shape).clone()
-        for meta in value["metadata"]
-    }
-    assert sum(meta.numel for meta in value["metadata"]) == flat.numel()
-    return tensors, unpickler.asked
+from spear_megatron.testing.payloads import read_payload
 
 
 def toy_log_probs(weights: dict[str, torch.Tensor], prompts: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -20,7 +20,7 @@ class SlowFiles(FileSystem):
     """Takes its time, so that kills fall into saves."""
 
     def sync_folder(self, path: Path) -> None:
-        time.sleep(0.01)
+        time.sleep(0.03)
         super().sync_folder(path)
 
 

@@ -216,3 +216,19 @@ def test_wrong_arguments_are_named() -> None:
         cov_candidates(tokens, CovJudge(0.0, 0.0), 1, implementation="numpy")
     with pytest.raises(ValueError, match="instruction set"):
         cov_candidates(tokens, CovJudge(0.0, 0.0), 1, isa="neon")
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("shift", [0.0, 1e-5, -1e-5, 1e-6, 1e-12])
+def test_bounds_at_the_covariance_of_a_token(scale: float, shift: float) -> None:
+    generator = np.random.default_rng(5)
+    for trial in range(20):
+        held = random_tokens(int(generator.integers(1, 300)), trial)
+        held = held._replace(advantages=held.advantages * np.float32(scale))
+        means = float(held.advantages.mean(dtype=np.float64)), float(np.float32(held.log_probs.mean()))
+        covariance = (held.advantages.astype(np.float64) - means[0]) * (held.log_probs.astype(np.float64) - means[1])
+        lb, ub = sorted(generator.choice(covariance, 2).tolist())
+        judge = CovJudge(*means, lb + shift, ub - shift, 0.2, 0.28)
+        expected = cov_candidates(held, judge, 1000, implementation="eager")
+        for isa in SETS:
+            assert same(cov_candidates(held, judge, 1000, implementation="compiled", isa=isa), expected)

@@ -29,9 +29,8 @@ def kill_test() -> ModuleType:
 
 def test_kills_leave_no_trace(kill_test: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
-    code = kill_test.main(
-        ["--kills", "8", "--work", str(work), "--seed", "3", "--", sys.executable, str(STAND_IN), "{run}"]
-    )
+    options = ["--kills", "8", "--work", str(work), "--seed", "3", "--save-share", "0.7"]
+    code = kill_test.main([*options, "--", sys.executable, str(STAND_IN), "{run}"])
     printed = capsys.readouterr().out
     assert code == 0, printed
     summary = json.loads((work / "summary.json").read_text())

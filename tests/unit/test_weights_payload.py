@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fake_control import METADATA, read_payload
 
+from spear_megatron.testing.payloads import METADATA, read_payload
 from spear_megatron.weights.memory import host_bytes, shared_bytes
 from spear_megatron.weights.payload import flat_payload, named_payload
 from spear_megatron.weights.plan import plan_sync
