@@ -2,9 +2,9 @@
 
     python tools/evaluate_aime.py --model MODEL --aime-2024 SOURCE --aime-2025 SOURCE --out DIR [key=value ...]
 
-A SOURCE is what ``prepare`` takes: a JSONL, JSON or parquet file, a folder of them, or a data set of the hub, in the form
-of Maxwell-Jia/AIME_2024, of yentinglin/aime_2025, or of this project's task files (id, problem, answer). Without any,
-outputs/data/aime-2024.jsonl and aime-2025.jsonl are taken. The same command goes on where it was stopped.
+A SOURCE is what ``prepare`` takes: a JSONL, JSON or parquet file, a folder of them, or a data set of the hub, in the
+form of Maxwell-Jia/AIME_2024, of yentinglin/aime_2025, or of this project's task files (id, problem, answer). Without
+any, outputs/data/aime-2024.jsonl and aime-2025.jsonl are taken. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations

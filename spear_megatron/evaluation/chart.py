@@ -21,8 +21,9 @@ def curves(title: str, metrics: Mapping[str, Estimate], strict: Mapping[str, Est
         metrics, strict: estimates by name, such as ``pass@8``.
     """
     sizes = sorted({_size(name) for name in metrics if "@" in name})
+    name = f"{escape(title)}: pass@k and maj@k"
     parts = [
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}: pass@k and maj@k">',
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}">',
         f'<text class="chart-title" x="{_LEFT}" y="15">{escape(title)}</text>',
         *_axes(sizes),
     ]
@@ -83,8 +84,8 @@ def _axes(sizes: Sequence[int]) -> list[str]:
 def _band(kind: str, points: Sequence[tuple[int, Estimate]], sizes: Sequence[int]) -> str:
     if len(points) == 1:
         k, estimate = points[0]
-        x = _x(k, sizes)
-        return f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{_y(estimate.low):.1f}" y2="{_y(estimate.high):.1f}"/>'
+        x, low, high = _x(k, sizes), _y(estimate.low), _y(estimate.high)
+        return f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
     upper = [f"{_x(k, sizes):.1f},{_y(estimate.high):.1f}" for k, estimate in points]
     lower = [f"{_x(k, sizes):.1f},{_y(estimate.low):.1f}" for k, estimate in reversed(points)]
     return f'<polygon class="band {kind}" points="{" ".join(upper + lower)}"/>'

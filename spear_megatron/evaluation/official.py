@@ -1,9 +1,9 @@
 """The figures that SPEAR's released code reports of AIME, computed as it computes them.
 
-They are mean@n, best@k, worst@k and maj@k of verl's validation, the last three as means over 1000 bootstrap draws *with*
-replacement of k samples per problem, NumPy's legacy generator at seed 42. So best@k lies below the unbiased pass@k of
-:mod:`spear_megatron.evaluation.metrics`, most of all at k = n. In maj@k a sample without an answer votes for "none", and
-of tied answers the one wins that was drawn first.
+They are mean@n, best@k, worst@k and maj@k of verl's validation, the last three as means over 1000 bootstrap draws of k
+samples per problem *with* replacement, NumPy's legacy generator at seed 42. So best@k lies below the unbiased pass@k of
+:mod:`spear_megatron.evaluation.metrics`, most of all at k = n. In maj@k a sample without an answer votes for "none",
+and of tied answers the one wins that was drawn first.
 """
 
 from __future__ import annotations

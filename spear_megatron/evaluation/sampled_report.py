@@ -1,7 +1,7 @@
 """The report of an evaluation from its samples: two answer modes side by side, problems, disagreements.
 
-``normalised`` is the verdict of the evaluation's reward (``336^\\circ`` is 336), what the project reports and trains on.
-``strict`` is the rule of SPEAR's released code, which misses answers for their form.
+``normalised`` is the verdict of the evaluation's reward (``336^\\circ`` is 336), what the project reports and trains
+on. ``strict`` is the rule of SPEAR's released code, which misses answers for their form.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SampledReport:
         write_atomically(path, (json.dumps(self.to_json(), indent=2) + "\n").encode())
 
     def to_table(self) -> str:
-        """Plain-text table in percent: every k over all problems, the largest by data source; the first disagreements."""
+        """Plain-text table in percent: every k over all problems, the largest by data source; some disagreements."""
         if self.strict is None:
             return self.normalised.to_table()
         report = self.normalised

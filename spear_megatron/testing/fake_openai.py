@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's completions API without a model: what it answers is a function, and it fails when told to."""
+"""A server that speaks OpenAI's completions API without a model: its answers are a function, it fails when told to."""
 
 from __future__ import annotations
 

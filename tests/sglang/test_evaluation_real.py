@@ -32,11 +32,11 @@ def lines(out: Path) -> list[str]:
 
 
 def test_an_evaluation_killed_in_the_middle_goes_on_with_the_same_command(
-    sglang_server: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fresh_server: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     total = NUM_PROBLEMS * NUM_SAMPLES
     command = ["evaluate", "--model", str(tiny_folder), "--out", str(tmp_path), "--n", str(NUM_SAMPLES)]
-    command += ["--top-p", "0.6", "--engine", "sglang", "--server", sglang_server, *SIZES]
+    command += ["--top-p", "0.6", "--engine", "sglang", "--server", fresh_server, *SIZES]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
         [sys.executable, "-m", "spear_megatron", *command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
@@ -74,20 +74,20 @@ def greedy(folder: Path, out: Path, *engine: str) -> list[tuple[Any, ...]]:
 
 
 def test_the_same_server_is_the_same_model_by_either_api(
-    sglang_server: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fresh_server: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = greedy(tiny_folder, tmp_path / "embedded", "--engine", "embedded")
     assert len(known) == NUM_PROBLEMS
-    assert greedy(tiny_folder, tmp_path / "openai", "--engine", "openai", "--server", f"{sglang_server}/v1") == known
-    assert greedy(tiny_folder, tmp_path / "sglang", "--engine", "sglang", "--server", sglang_server) == known
-    command = ["evaluate", "--model", str(tiny_folder), "--engine", "openai", "--server", sglang_server]
+    assert greedy(tiny_folder, tmp_path / "openai", "--engine", "openai", "--server", f"{fresh_server}/v1") == known
+    assert greedy(tiny_folder, tmp_path / "sglang", "--engine", "sglang", "--server", fresh_server) == known
+    command = ["evaluate", "--model", str(tiny_folder), "--engine", "openai", "--server", fresh_server]
     assert main([*command, "--served-model", "other", "--out", str(tmp_path / "x"), *SIZES]) == 2
-    assert f"--served-model=other is not served by {sglang_server}/v1/models" in capsys.readouterr().err
+    assert f"--served-model=other is not served by {fresh_server}/v1/models" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (DATA / "aime_2024.jsonl").exists(), reason=f"needs the AIME problems in {DATA}")
 def test_aime_of_both_years_is_one_report(
-    sglang_server: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    fresh_server: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
@@ -98,8 +98,9 @@ def test_aime_of_both_years_is_one_report(
         few = (DATA / f"aime_{year}.jsonl").read_text().splitlines(keepends=True)[:3]
         (tmp_path / f"{year}.jsonl").write_text("".join(few))
         command += [f"--aime-{year}", str(tmp_path / f"{year}.jsonl")]
-    command += ["--engine", "sglang", "--server", sglang_server, "data.max_prompt_length=1600"]
-    command += ["data.max_response_length=32", "env.sandbox.preload=[]", "env.sandbox.workers=1", "trainer.num_threads=1"]
+    command += ["--engine", "sglang", "--server", fresh_server, "data.max_prompt_length=1600"]
+    command += ["data.max_response_length=32", "env.sandbox.preload=[]", "trainer.num_threads=1"]
+    command += ["env.sandbox.workers=1"]
     assert evaluate_aime.main(command) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["num_problems"], report["num_samples"], report["num_excluded"]) == (6, 12, 0)

@@ -28,12 +28,12 @@ def evaluate(folder: Path, out: Path, *engine: str) -> list[dict[str, Any]]:
 
 
 def test_a_greedy_evaluation_with_a_server_is_that_of_the_embedded_engine(
-    sglang_server: str, tiny_folder: Path, tmp_path: Path
+    fresh_server: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     key = "actor_rollout_ref.rollout"
     known = evaluate(tiny_folder, tmp_path / "embedded")
     found = evaluate(
-        tiny_folder, tmp_path / "sglang", f"{key}.name=sglang", f"{key}.sglang.servers=[{sglang_server}]"
+        tiny_folder, tmp_path / "sglang", f"{key}.name=sglang", f"{key}.sglang.servers=[{fresh_server}]"
     )
     assert len(found) == 6
     for one, other in zip(found, known, strict=True):

@@ -81,8 +81,8 @@ def parse_answer(
     read = (body.get("usage") or {}).get("prompt_tokens")
     if isinstance(read, int) and read != len(request.input_ids):
         raise EngineError(
-            f"the server read {read} prompt tokens where {len(request.input_ids)} were sent: it does not take token ids "
-            "as the prompt, or adds tokens of its own"
+            f"the server read {read} prompt tokens where {len(request.input_ids)} were sent: it does not take token "
+            "ids as the prompt, or adds tokens of its own"
         )
     given = choice.get("token_ids")
     ids = _ids(given, vocab_size) if given is not None else tuple(encode(_text(choice)))
