@@ -35,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset", action="append",
         help="JSONL of id, problem, answer; may come several times (default: data.val_files or built-in problems)",
     )  # fmt: skip
-    parser.add_argument("--n", type=int, help="samples per problem (default: actor_rollout_ref.rollout.val_kwargs.n)")
+    parser.add_argument(
+        "--n", "--samples", dest="n", type=int, metavar="N",
+        help="samples per problem; torchrun takes --n for one of its own options and leaves --samples alone "
+        "(default: actor_rollout_ref.rollout.val_kwargs.n)",
+    )  # fmt: skip
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: val_kwargs.temperature)")
     parser.add_argument("--top-p", type=float, help="nucleus sampling (default: val_kwargs.top_p)")
     parser.add_argument(
