@@ -86,9 +86,10 @@ class SampledReport:
         lines = [f"normalised and strict verdicts differ on {count} samples:"]
         for row in self.disagreements[:_SHOWN]:
             verdict = "right" if row["correct"] else "wrong"
+            answer, strict = ("no answer" if row[key] is None else row[key] for key in ("answer", "strict_answer"))
             lines.append(
-                f"  {row['task_id']} sample {row['sample']}: truth {row['truth']!r}, normalised {row['answer']!r} "
-                f"({verdict}), strict {row['strict_answer']!r}"
+                f"  {row['task_id']} sample {row['sample']}: truth {row['truth']}, normalised {answer} ({verdict}), "
+                f"strict {strict}"
             )
         return lines + ([f"  and {count - _SHOWN} more in report.json"] if count > _SHOWN else [])
 

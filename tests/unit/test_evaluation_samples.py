@@ -152,7 +152,8 @@ def test_the_report_judges_in_two_ways_and_counts_what_was_lost() -> None:
     table = report.to_table()
     assert table.startswith("m: 3 problems, 11 samples, 1 excluded after infrastructure failures\ndata ")
     assert re.search(r"^all +success_rate +36.4 % +[\d. -]+% +18.2 %", table, re.M)
-    assert "p0 sample 1: truth '336', normalised '336' (right), strict '0336'" in table
+    assert "p0 sample 1: truth 336, normalised 336 (right), strict 0336" in table
+    assert "p2 sample 3: truth 336, normalised 336 (right), strict no answer" in table
 
 
 def test_without_truths_there_is_one_way_and_without_samples_an_error() -> None:
