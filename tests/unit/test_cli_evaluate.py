@@ -32,5 +32,5 @@ def test_the_settings_of_aime_fit_published_models(
     options = ["--config", str(ROOT / "configs" / "evaluate_aime.yaml"), "--model", str(tmp_path), "--dry-run"]
     assert main(["evaluate", *options, "--out", str(tmp_path / "out"), *engine]) == 0
     shown = capsys.readouterr().out
-    assert "max_response_length: 16384" in shown and "max_assistant_turns: 8" in shown and "n: 32" in shown
+    assert "max_response_length: 16384" in shown and "max_assistant_turns: 8" in shown and "'n': 32" in shown
     assert not (tmp_path / "out").exists()
