@@ -90,6 +90,6 @@ setup(
         "sglang": ["sglang==0.5.21"],
         "ray": ["ray==2.60.0"],
         "parquet": ["pyarrow==26.0.1"],
-        "dali": ["nvidia-dali-cuda130==2.4.0"],
+        "dali": ["nvidia-dali-cuda130==2.4.0"],  # on a CUDA 12 cluster nvidia-dali-cuda120==2.4.0 instead
     },
 )

@@ -8,7 +8,9 @@ from spear_megatron.data.files import FileEntry, FileSystem
 
 FOLDER = "hf"
 TEMPLATE_FOLDER = "additional_chat_templates"
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".checksums.json",
+)  # fmt: skip
 
 
 def asset_files(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -33,6 +34,7 @@ from spear_megatron.checkpoint.errors import CheckpointError
 from spear_megatron.data.files import FileEntry, FileSystem, hash_file
 from spear_megatron.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from spear_megatron.device.cpu_shim import megatron_on_cpu
+from spear_megatron.model.global_map import SEPARATE_NORMS
 from spear_megatron.model.weight_map import unwrap
 from spear_megatron.parallel.agreement import gather_objects
 from spear_megatron.parallel.state import ParallelState
@@ -153,12 +155,23 @@ def _read(
     if optimizer is not None:
         state["optimizer"] = sharded_optimizer_state(optimizer, dict(state), is_loading=True)
     try:
+        _use_stored_norm_names(state, folder)
         loaded, unused, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except (CheckpointingException, KeyError, ValueError) as error:
         return {}, str(error)
     except CheckpointException as error:  # a BaseException that carries the failures of all ranks
         return {}, "; ".join(str(failure) for failure, _ in error.failures.values())
     return loaded, _mismatch(unused, absent, with_optimizer=optimizer is not None)
+
+
+def _use_stored_norm_names(state: dict[str, Any], folder: Path) -> None:
+    """Ask for the norms of a layer under the keys of the checkpoint, where they are modules of their own."""
+    stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
+    for tensor in nested_values(state):
+        for fused, separate in SEPARATE_NORMS.items():
+            key = getattr(tensor, "key", "")
+            if key.endswith(fused) and key not in stored and key.removesuffix(fused) + separate in stored:
+                tensor.key = key.removesuffix(fused) + separate
 
 
 def _model_names(model_chunks: Sequence[torch.nn.Module]) -> list[str]:

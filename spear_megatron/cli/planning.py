@@ -110,8 +110,6 @@ def dry_run_lines(config: Config) -> list[str]:
 
     from spear_megatron.model.shape import ModelShape
 
-    if config.actor_rollout_ref.actor.megatron.context_parallel_size > 1:
-        return ["memory: not planned with context parallelism"]
     shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     machine, on_host = this_machine(world_size), not torch.cuda.is_available()

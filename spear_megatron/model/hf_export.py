@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +90,17 @@ def plan_shards(shape: ModelShape, dtype: torch.dtype, max_shard_bytes: int) -> 
     return shards
 
 
+def shard_name(number: int, count: int) -> str:
+    """Name of the ``number``-th (from 1) of ``count`` safetensors files."""
+    return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(out: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Write the index of several safetensors files: tensor name -> file name."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def copy_companions(source_folder: str | Path, out_dir: str | Path) -> None:
     """Copy tokenizer, chat template and generation config, those that exist, unchanged."""
     source, out = Path(source_folder), Path(out_dir)
@@ -148,7 +159,7 @@ def _write_shards(tensors: Iterator[tuple[str, torch.Tensor | None]], shards: li
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for number, names in enumerate(shards, start=1):
-        file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = shard_name(number, len(shards))
         buffer: dict[str, torch.Tensor] = {}
         for expected in names:
             name, tensor = next(tensors)
@@ -158,8 +169,7 @@ def _write_shards(tensors: Iterator[tuple[str, torch.Tensor | None]], shards: li
         save_file(buffer, out / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(out, weight_map, total_bytes)
 
 
 def _put_in_place(partial: Path, out_dir: Path, old: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Megatron name within a layer -> (Hugging Face names within a layer, cut). Two spellings of the norms: plain spec and
 # Transformer Engine, which fuses a norm into the linear after it.
-_LAYER_TABLE: dict[str, tuple[tuple[str, ...], str]] = {
+LAYER_TABLE: dict[str, tuple[tuple[str, ...], str]] = {
     "input_layernorm.weight": (("input_layernorm.weight",), "replicated"),
     "self_attention.linear_qkv.layer_norm_weight": (("input_layernorm.weight",), "replicated"),
     "self_attention.linear_qkv.weight": (
@@ -41,9 +41,9 @@ _LAYER_TABLE: dict[str, tuple[tuple[str, ...], str]] = {
     "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), "stacked_rows"),
     "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), "columns"),
 }
-_EMBEDDING = "embedding.word_embeddings.weight"
-_OUTPUT = "output_layer.weight"
-_FINAL_NORM = "decoder.final_layernorm.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -86,10 +86,10 @@ def local_pieces(model_chunks: Sequence[MegatronModule], shape: ModelShape, tp_s
         for name, parameter in gpt.named_parameters():
             hf_names, cut = _lookup(name, gpt, shape)
             for index, hf_name in enumerate(hf_names):
-                dim, runs = _runs(shape, hf_shapes[hf_name], index, cut, tp_size)
+                dim, runs = tensor_runs(shape, hf_shapes[hf_name], index, cut, tp_size)
                 piece = Piece(hf_name, parameter, dim, runs, replicated=cut == "replicated", padded=cut == "vocab")
                 found.setdefault(hf_name, []).append(piece)
-            expected = _local_shape(shape, [hf_shapes[hf_name] for hf_name in hf_names], cut, tp_size)
+            expected = local_shape(shape, [hf_shapes[hf_name] for hf_name in hf_names], cut, tp_size)
             if expected != tuple(parameter.shape):
                 raise ValueError(f"Megatron parameter {name} has shape {tuple(parameter.shape)}, expected {expected}")
     return {name: found[name] for name in hf_shapes if name in found}
@@ -104,24 +104,28 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
 
 
 def _lookup(name: str, gpt: GPTModel, shape: ModelShape) -> tuple[tuple[str, ...], str]:
-    if name == _EMBEDDING:
+    if name == EMBEDDING:
         return ("model.embed_tokens.weight",), "vocab"
-    if name == _OUTPUT:
+    if name == OUTPUT:
         return ("model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight",), "vocab"
-    if name == _FINAL_NORM:
+    if name == FINAL_NORM:
         return ("model.norm.weight",), "replicated"
     match = _LAYER_NAME.fullmatch(name)
-    if match is None or match[2] not in _LAYER_TABLE:
+    if match is None or match[2] not in LAYER_TABLE:
         raise ValueError(f"Megatron parameter {name} has no Hugging Face counterpart in the weight map")
     layer: Any = gpt.decoder.layers[int(match[1])]
-    hf_names, cut = _LAYER_TABLE[match[2]]  # layer_number is 1-based and counts over the whole model
+    hf_names, cut = LAYER_TABLE[match[2]]  # layer_number is 1-based and counts over the whole model
     return tuple(f"model.layers.{layer.layer_number - 1}.{hf_name}" for hf_name in hf_names), cut
 
 
-def _runs(
+def tensor_runs(
     shape: ModelShape, hf_shape: tuple[int, ...], index: int, cut: str, tp_size: int
 ) -> tuple[int, tuple[tuple[Run, ...], ...]]:
-    """(cut dimension, runs of every tensor rank) of the ``index``-th Hugging Face tensor of a parameter."""
+    """(cut dimension, runs of every tensor rank) of the ``index``-th Hugging Face tensor of a parameter.
+
+    Args:
+        cut: how the parameter is cut over tensor ranks, the second column of ``LAYER_TABLE``; ``vocab`` for the others.
+    """
     if cut == "replicated":
         return 0, ((Run(0, 0, hf_shape[0]),),) * tp_size
     if cut == "qkv":
@@ -156,7 +160,7 @@ def _qkv_runs(shape: ModelShape, index: int, rank: int, tp_size: int) -> tuple[R
     return tuple(runs)
 
 
-def _local_shape(
+def local_shape(
     shape: ModelShape, hf_shapes: list[tuple[int, ...]], cut: str, tp_size: int
 ) -> tuple[int, ...]:
     """Shape of the parameter that tensors of these shapes make on one tensor rank."""
