@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,13 +128,11 @@ def identity_of(subject: _Subject) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """A setting as JSON."""
-    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else _plain_other(value)
-
-
-def _plain_other(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return dict(value) if hasattr(value, "items") else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def _sample(subject: _Subject, parallel: ParallelState, out: Path, done: Sequence[Key], num_missing: int) -> None:
@@ -172,7 +170,10 @@ def _sample(subject: _Subject, parallel: ParallelState, out: Path, done: Sequenc
 def _opened(subject: _Subject, parallel: ParallelState) -> Iterator[Agents]:
     """Agents whose engine holds the model. Collective."""
     config, shape = subject.config, subject.shape
-    factory = _openai_factory(subject) if subject.choice.kind == "openai" else None
+    factory: Callable[[int], Engine] | None = None
+    with agreed(parallel, "asking the server for its model"):
+        if subject.choice.kind == "openai":
+            factory = _openai_factory(subject)
     with open_agents(config, parallel, subject.renderer, shape, engine_factory=factory) as agents:
         assert agents.engine is not None
         serve = subject.choice.kind == "openai"
@@ -188,7 +189,7 @@ def _opened(subject: _Subject, parallel: ParallelState) -> Iterator[Agents]:
         yield agents
 
 
-def _openai_factory(subject: _Subject) -> Any:
+def _openai_factory(subject: _Subject) -> Callable[[int], Engine]:
     """What makes the engine for OpenAI's API on every leader."""
     choice, rollout = subject.choice, subject.config.actor_rollout_ref.rollout
     settings, length = rollout.sglang, max_model_len(subject.config)
