@@ -80,6 +80,7 @@ setup(
     description="Reinforcement learning of LLM agents with SPEAR on megatron-core",
     license="Apache-2.0",
     packages=find_packages(include=["spear_megatron", "spear_megatron.*"]),
+    package_data={"spear_megatron.evaluation": ["page.html"]},
     ext_modules=[kernels],
     cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.11",
