@@ -56,6 +56,7 @@ bench: setup  ## every benchmark of the README, one after the other
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_sandbox.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_replay.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_async.py
+	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_data.py
 	PYTHONWARNINGS=ignore $(BIN)/python tools/bench_convert.py --kill
 
 bench-kernels: setup  ## the kernel benchmarks on an idle machine, and docs/benchmarks.md out of them

@@ -80,6 +80,7 @@ setup(
     description="Reinforcement learning of LLM agents with SPEAR on megatron-core",
     license="Apache-2.0",
     packages=find_packages(include=["spear_megatron", "spear_megatron.*"]),
+    package_data={"spear_megatron.evaluation": ["page.html"]},
     ext_modules=[kernels],
     cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.11",
@@ -89,6 +90,6 @@ setup(
         "sglang": ["sglang==0.5.21"],
         "ray": ["ray==2.60.0"],
         "parquet": ["pyarrow==26.0.1"],
-        "dali": ["nvidia-dali-cuda130==2.4.0"],
+        "dali": ["nvidia-dali-cuda130==2.4.0"],  # on a CUDA 12 cluster nvidia-dali-cuda120==2.4.0 instead
     },
 )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train an agent with reinforcement learning",
     "prepare": "turn a published data set into files for the other commands",
+    "corpus": "write tokenised conversations or stored trajectories as files that sft reads",
     "sft": "fine-tune on conversations",
     "evaluate": "measure success rates on held-out tasks",
     "convert": "convert between Hugging Face and Megatron checkpoints",

@@ -173,9 +173,15 @@ class Agents:
 
 @contextlib.contextmanager
 def open_agents(
-    config: Config, parallel: ParallelState, renderer: ChatRenderer, shape: ModelShape
+    config: Config,
+    parallel: ParallelState,
+    renderer: ChatRenderer,
+    shape: ModelShape,
+    engine_factory: Callable[[int], Engine] | None = None,
 ) -> Iterator[Agents]:
     """Engine, sandbox, environment and reward on every leader, and the collector on every rank.
+
+    ``engine_factory`` makes the engine of one of so many leaders, in place of :func:`open_engine`.
 
     Raises:
         ValueError: a name in env.* or reward.* cannot be resolved, or no sandbox works here.
@@ -193,7 +199,11 @@ def open_agents(
     with open_rollout_servers(config, parallel, shape, max_model_len(config)) as servers:
         with agreed(parallel, "start of the agents"):
             if parallel.is_leader:
-                agents = _leader_agents(config, parallel, renderer, shape, collector, servers)
+                if engine_factory is not None:
+                    engine = engine_factory(parallel.dp_size)
+                else:
+                    engine = open_engine(config, shape, parallel.dp_rank, parallel.dp_size, servers.urls)
+                agents = _leader_agents(config, parallel, renderer, engine, collector, servers)
             else:
                 agents = Agents(collector(None), servers=servers)
         try:
@@ -233,13 +243,12 @@ def _leader_agents(
     config: Config,
     parallel: ParallelState,
     renderer: ChatRenderer,
-    shape: ModelShape,
+    engine: Engine,
     collector: Callable[..., Collector],
     servers: Servers,
 ) -> Agents:
     rollout = config.actor_rollout_ref.rollout
     reward = build_reward(config.reward)
-    engine = open_engine(config, shape, parallel.dp_rank, parallel.dp_size, servers.urls)
     check_engine_for(config, engine)
     make_environment, sandbox = open_environment(config)  # last: it starts processes, which a failure would leave
     max_concurrency = max_episodes(rollout, parallel.dp_size, len(servers.urls))
@@ -264,6 +273,7 @@ def _leader_agents(
             num_samples=tasks.num_samples,
             max_concurrency=max_concurrency,
             deadline_s=config.trainer.collect_timeout_s,
+            keeper=tasks.keeper,
         )
 
     async def run_drawn(tasks: Tasks, portion: Portion) -> Drawn:

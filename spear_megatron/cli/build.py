@@ -14,7 +14,6 @@ from spear_megatron.cli.agents import canonical_answer_of, load_episode_prompts,
 from spear_megatron.cli.servers import Publishing, shared_gpus
 from spear_megatron.cli.session import StopFlag, open_parallel, open_record
 from spear_megatron.cli.weights import open_publish
-from spear_megatron.config.checks import token_multiple
 from spear_megatron.config.checks_replay import replay_rules
 from spear_megatron.config.describe import flatten, to_yaml
 from spear_megatron.config.schema import Config
@@ -56,6 +55,7 @@ def build_actor(
             optim,
             dtype=model.torch_dtype,
             use_distributed_optimizer=settings.megatron.use_distributed_optimizer,
+            overlap_param_gather=settings.megatron.overlap_param_gather,
             total_steps=total_steps,
         )
     actor = Actor(
@@ -219,7 +219,7 @@ def build_imitation(config: Config, parallel: ParallelState) -> Imitation | None
     if not actor.enable_trajectory_replay:
         return None
     temperature = config.actor_rollout_ref.rollout.temperature
-    multiple = token_multiple(actor.megatron)
+    multiple = actor.megatron.token_multiple
     buffer = ReplayBuffer(
         replay_rules(config),
         parallel,

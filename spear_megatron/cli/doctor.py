@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,13 +21,16 @@ def run(args: argparse.Namespace) -> int:
     from spear_megatron.observability.findings import print_findings, worst_level
 
     findings = _machine() if args.run_dir is None else _run(args.run_dir)
+    features = _features() if args.run_dir is None else []
     if args.json:
         import dataclasses
         import json
 
-        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        print(json.dumps([dataclasses.asdict(finding) for finding in (*findings, *features)], indent=2))
     else:
         print_findings(findings)
+        if features:
+            _print_features(features)
         if not findings:
             print("no failure pattern found")
     return 1 if worst_level(findings) == "error" else 0
@@ -42,6 +46,38 @@ def _machine() -> list[Finding]:
     from spear_megatron.observability.machine import diagnose_machine
 
     return diagnose_machine({"compiled kernels": _kernels, "CUDA kernels": _cuda_kernels, "code sandbox": _sandbox})
+
+
+def _features() -> list[Finding]:
+    """What can make training faster here, as findings: ok where it is available, info where it is not."""
+    from spear_megatron.device.features import probe_features
+    from spear_megatron.observability.findings import Finding
+
+    return [
+        Finding(
+            "ok" if feature.available else "info",
+            feature.name,
+            f"{feature.turns_on}: {'available' if feature.available else 'not available'}, {feature.reason}",
+            "" if feature.available else feature.remedy,
+            (feature.key,) if feature.key else (),
+        )
+        for feature in probe_features().values()
+    ]
+
+
+def _print_features(features: list[Finding]) -> None:
+    """Feature, whether it is there and why not, what turns it on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="What can make training faster")
+    for name in ("feature", "state", "reason", "turned on by"):
+        table.add_column(name, overflow="fold")
+    for item in features:
+        turns_on, _, state = item.evidence.rpartition(": available, " if item.level == "ok" else ": not available, ")
+        key = item.keys[0].removeprefix("actor_rollout_ref.actor.") if item.keys else "itself, where it is there"
+        table.add_row(f"{item.name}\n  {turns_on}", "available" if item.level == "ok" else "no", state, key)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _kernels() -> Finding:

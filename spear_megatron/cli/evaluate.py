@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,22 +12,63 @@ from spear_megatron.cli.common import add_config_arguments, load_config
 
 if TYPE_CHECKING:
     from spear_megatron.config.schema import Config
+    from spear_megatron.rollout.config import RolloutConfig
+
+ENGINES = ("embedded", "sglang", "openai")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineChoice:
+    """What samples: ``kind`` is one of :data:`ENGINES`; ``servers`` none where the run starts its own."""
+
+    kind: str
+    servers: tuple[str, ...] = ()
+    served_model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``evaluate`` to ``parser``."""
     add_config_arguments(parser)
     parser.add_argument("--model", help="Hugging Face folder to evaluate (default: actor_rollout_ref.model.path)")
-    parser.add_argument("--dataset", help="JSONL of id, problem, answer (default: data.val_files or built-in problems)")
-    parser.add_argument("--n", type=int, help="samples per problem (default: actor_rollout_ref.rollout.val_kwargs.n)")
+    parser.add_argument(
+        "--dataset", action="append",
+        help="JSONL of id, problem, answer; may come several times (default: data.val_files or built-in problems)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--n", "--samples", dest="n", type=int, metavar="N",
+        help="samples per problem; torchrun takes --n for one of its own options and leaves --samples alone "
+        "(default: actor_rollout_ref.rollout.val_kwargs.n)",
+    )  # fmt: skip
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: val_kwargs.temperature)")
     parser.add_argument("--top-p", type=float, help="nucleus sampling (default: val_kwargs.top_p)")
-    parser.add_argument("--out", default="outputs/evaluation", help="folder for report.json and the trajectories")
+    parser.add_argument(
+        "--engine", choices=ENGINES,
+        help="embedded: in this process; sglang: SGLang servers, started here unless named; openai: a server that "
+        "speaks OpenAI's completions API (default: actor_rollout_ref.rollout.name)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--server", action="append", metavar="URL", help="server, or SGLang router, to ask; sglang takes several"
+    )
+    parser.add_argument(
+        "--served-model", metavar="NAME",
+        help="what the server serves, where it is not the path of --model: its model_path (sglang) or name (openai)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--api-key-env", default=EngineChoice.api_key_env, metavar="VAR",
+        help="environment variable that holds the API key, if the server wants one (openai; default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", default="outputs/evaluation",
+        help="folder of samples and reports; the same command goes on with what is missing there",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sample, score, print the table and write ``report.json``."""
-    config = as_evaluation(load_config(args), args)
+    """Sample what is missing, score, print the table and write ``report.json`` and ``report.html``."""
+    config = load_config(args)
+    choice = engine_choice(args, config)
+    config = as_evaluation(config, args, choice)
     from spear_megatron.cli.preflight import check_agents, check_before_start, print_plan
 
     check_out(Path(args.out))
@@ -35,11 +77,30 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_plan(config)
         return 0
-    evaluate_folder(config, Path(args.out))
+    from spear_megatron.cli.evaluation import run_evaluation
+
+    run_evaluation(config, choice, Path(args.out))
     return 0
 
 
-def as_evaluation(config: Config, args: argparse.Namespace) -> Config:
+def engine_choice(args: argparse.Namespace, config: Config) -> EngineChoice:
+    """The engine that options and configuration ask for.
+
+    Raises:
+        ValueError: options that do not go together; names the remedy.
+    """
+    kind = args.engine or config.actor_rollout_ref.rollout.name
+    servers = tuple(url.rstrip("/") for url in args.server or ())
+    if servers and kind == "embedded":
+        raise ValueError("--server names a server, but the engine is embedded: add --engine sglang or --engine openai")
+    if kind == "openai" and len(servers) != 1:
+        raise ValueError(f"--engine openai asks one server, got {len(servers)}: give --server URL once")
+    if args.served_model and not (servers or (kind == "sglang" and config.actor_rollout_ref.rollout.sglang.servers)):
+        raise ValueError("--served-model says what a server serves: give --server URL too")
+    return EngineChoice(kind=kind, servers=servers, served_model=args.served_model, api_key_env=args.api_key_env)
+
+
+def as_evaluation(config: Config, args: argparse.Namespace, choice: EngineChoice) -> Config:
     """The configuration with the command's options in place; every rank holds a whole model."""
     from spear_megatron.parallel.config import MegatronConfig
 
@@ -47,12 +108,29 @@ def as_evaluation(config: Config, args: argparse.Namespace) -> Config:
     options = {"n": args.n, "temperature": args.temperature, "top_p": args.top_p}
     given = {key: value for key, value in options.items() if value is not None}
     rollout = dataclasses.replace(ref.rollout, val_kwargs=dataclasses.replace(ref.rollout.val_kwargs, **given))
+    rollout = _with_engine(rollout, choice)
     model = dataclasses.replace(ref.model, path=args.model or ref.model.path)
     actor = dataclasses.replace(ref.actor, megatron=MegatronConfig())
-    data = config.data if args.dataset is None else dataclasses.replace(config.data, val_files=(args.dataset,))
+    data = config.data if not args.dataset else dataclasses.replace(config.data, val_files=tuple(args.dataset))
+    trainer = dataclasses.replace(config.trainer, default_local_dir=str(args.out))  # logs of started servers go there
     return dataclasses.replace(
-        config, data=data, actor_rollout_ref=dataclasses.replace(ref, model=model, actor=actor, rollout=rollout)
+        config,
+        data=data,
+        trainer=trainer,
+        actor_rollout_ref=dataclasses.replace(ref, model=model, actor=actor, rollout=rollout),
     )
+
+
+def _with_engine(rollout: RolloutConfig, choice: EngineChoice) -> RolloutConfig:
+    """``rollout`` with the chosen engine; that for OpenAI's API is made elsewhere and needs no server here."""
+    if choice.kind == "sglang":
+        servers = choice.servers or rollout.sglang.servers
+        colocated = rollout.sglang.colocated and not servers
+        router = None if choice.servers else rollout.sglang.router
+        sglang = dataclasses.replace(rollout.sglang, servers=servers, colocated=colocated, router=router)
+        return dataclasses.replace(rollout, name="sglang", sglang=sglang)
+    sglang = dataclasses.replace(rollout.sglang, servers=(), router=None, colocated=False)
+    return dataclasses.replace(rollout, name="embedded", sglang=sglang)
 
 
 def check_out(out: Path) -> None:
@@ -61,51 +139,3 @@ def check_out(out: Path) -> None:
 
     if (out / RECORD_NAME).exists():
         raise ValueError(f"--out {out} is the directory of a run, whose trajectories would go: give another folder")
-
-
-def evaluate_folder(config: Config, out: Path) -> None:
-    """Evaluate ``actor_rollout_ref.model.path``; rank 0 prints and writes the report.
-
-    Raises:
-        ValueError: the dataset or the model folder cannot be used.
-        RunError: no sample could be measured.
-    """
-    from spear_megatron.cli.agents import (
-        canonical_answer_of,
-        load_engine,
-        load_episode_prompts,
-        load_renderer,
-        open_agents,
-        samplings,
-    )
-    from spear_megatron.cli.session import open_parallel
-    from spear_megatron.evaluation.run import evaluate
-    from spear_megatron.model.shape import ModelShape
-    from spear_megatron.observability.trajectories import TrajectoryStore
-    from spear_megatron.parallel.agreement import agreed
-    from spear_megatron.rollout.collect import Tasks
-
-    model = config.actor_rollout_ref.model.path
-    shape, renderer = ModelShape.from_folder(model), load_renderer(model)
-    prompts = load_episode_prompts(config, "val", renderer)
-    val = config.actor_rollout_ref.rollout.val_kwargs
-    with open_parallel(config) as parallel, open_agents(config, parallel, renderer, shape) as agents:
-        assert agents.engine is not None
-        with agreed(parallel, "loading of the weights"):  # all wait: servers that they share must have them first
-            load_engine(agents.engine, model, shape)
-        _, sampling = samplings(config)
-        result = evaluate(
-            agents.collector,
-            Tasks("evaluate", 0, tuple(enumerate(prompts)), val.n, sampling),
-            parallel=parallel,
-            answer_of=canonical_answer_of,
-            name=model,
-            ks=sorted({1, val.n}),
-            seed=config.trainer.seed,
-        )
-        kept, shards = config.trainer.num_logged_trajectories, parallel.dp_size
-        store = TrajectoryStore(out, kept, renderer.decode, shard=parallel.dp_rank, num_shards=shards)
-        store.write(0, result.groups, {}, kind="val")
-        if parallel.rank == 0:
-            result.report.write_json(out / "report.json")
-            print(result.report.to_table(), flush=True)

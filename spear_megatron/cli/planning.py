@@ -110,12 +110,12 @@ def dry_run_lines(config: Config) -> list[str]:
 
     from spear_megatron.model.shape import ModelShape
 
-    if config.actor_rollout_ref.actor.megatron.context_parallel_size > 1:
-        return ["memory: not planned with context parallelism"]
     shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     machine, on_host = this_machine(world_size), not torch.cuda.is_available()
     rollout = config.actor_rollout_ref.rollout
+    if on_host and rollout.name == "sglang" and rollout.sglang.colocated:
+        return ["memory: this is a configuration for GPUs, `plan --config FILE --nodes N` estimates it for them"]
     engine = EnginePlan(kind="embedded", tp=1, max_num_seqs=rollout.max_num_seqs)
     layout = Layout(megatron=config.actor_rollout_ref.actor.megatron, world_size=world_size)
     found = assess(planned_run(config, shape, engine, on_host=on_host), layout, machine)

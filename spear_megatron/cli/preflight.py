@@ -26,6 +26,29 @@ def check_before_start(config: Config) -> None:
     check_config(config, ModelShape.from_folder(path), world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def check_machine(config: Config) -> None:
+    """Whether this machine has what the configuration asks for by name.
+
+    Raises:
+        ValueError: the first thing that is missing, naming its key, the cause and the remedy.
+    """
+    from spear_megatron.device.platform import detect_platform
+    from spear_megatron.model.acceleration import choose_acceleration
+
+    actor = config.actor_rollout_ref.actor
+    platform = detect_platform(int(os.environ.get("LOCAL_RANK", "0")))
+    choose_acceleration(actor.megatron, actor.kernels, platform, config.actor_rollout_ref.model.torch_dtype)
+
+
+def machine_notes(config: Config) -> list[str]:
+    """What :func:`check_machine` refuses, as a note: a dry run may be made on another machine than the run."""
+    try:
+        check_machine(config)
+    except ValueError as error:
+        return [f"on this machine: {error}"]
+    return []
+
+
 def check_agents(config: Config) -> None:
     """Find the environment and the reward, for commands that roll out.
 
@@ -44,9 +67,23 @@ def print_warnings(config: Config) -> None:
     from spear_megatron.config.checks_replay import config_warnings
     from spear_megatron.parallel.once import is_first_to_say
 
-    for text in config_warnings(config):
+    for text in (*config_warnings(config), *_machine_warnings()):
         if is_first_to_say(text):
             print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _machine_warnings() -> list[str]:
+    """A GPU host whose Transformer Engine does not serve trains with the plain layers, which is seldom meant."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    from spear_megatron.device.optional import transformer_engine
+
+    part = transformer_engine()
+    if not part.installed or part.usable:
+        return []
+    return [f"{part.name} is installed and not used, {part.reason}: the plain layers serve. {part.remedy}"]
 
 
 def print_plan(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from spear_megatron.cli.common import add_config_arguments, load_config
 if TYPE_CHECKING:
     from spear_megatron.config.schema import Config
     from spear_megatron.data.chat import ChatRenderer
-    from spear_megatron.data.sft import SftExample
+    from spear_megatron.data.corpus import Corpus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train on ``sft.train_files`` or on demonstrations of the built-in tasks, then export."""
     config = as_supervised(load_config(args))
-    from spear_megatron.cli.preflight import check_before_start, print_plan
+    from spear_megatron.cli.preflight import check_before_start, check_machine, machine_notes, print_plan
+    from spear_megatron.data.dali import dali_modules
 
     check_before_start(config)
+    if config.sft.data_source == "dali":
+        dali_modules()
     if args.dry_run:
         print_plan(config)
+        for line in machine_notes(config):
+            print(f"# {line}")
         return 0
+    check_machine(config)
     fine_tune(config)
     return 0
 
@@ -41,30 +48,43 @@ def fine_tune(config: Config) -> None:
         RunError: the run cannot start, or a step was not finite.
     """
     from spear_megatron.cli.agents import load_renderer
-    from spear_megatron.cli.build import build_actor
+    from spear_megatron.cli.build import build_actor, open_checkpoints
     from spear_megatron.cli.session import open_parallel, open_record
-    from spear_megatron.data.sft import SftSource
+    from spear_megatron.data.dali import open_source
+    from spear_megatron.data.data_source import Reading
     from spear_megatron.model.hf_export import export_hf
     from spear_megatron.model.shape import ModelShape
-    from spear_megatron.trainer.sft import SupervisedRun, train_supervised
+    from spear_megatron.trainer.sft import SupervisedRun, restore_supervised, train_supervised
 
     folder, steps = config.actor_rollout_ref.model.path, config.sft.total_training_steps
     optim = config.actor_rollout_ref.actor.optim
     shape = ModelShape.from_folder(folder)
-    examples = load_examples(config, load_renderer(folder))
+    corpus = load_corpus(config, load_renderer(folder))
     with open_parallel(config) as parallel:
         actor, _ = build_actor(config, parallel, shape, optim, steps)
-        with open_record(config, parallel, resume_step=None, console_every=max(1, steps // 20)) as recorder:
-            train_supervised(
-                SupervisedRun(
-                    actor=actor,
-                    source=SftSource(examples, seed=config.data.seed),
-                    parallel=parallel,
-                    recorder=recorder,
-                    batch_size=config.sft.train_batch_size,
-                    total_steps=steps,
+        reading = Reading(
+            batch_size=config.sft.train_batch_size,
+            seed=config.data.seed,
+            shard_id=parallel.dp_rank,
+            num_shards=parallel.dp_size,
+        )
+        with closing(open_source(config.sft.data_source, corpus, reading)) as source:
+            saves, done = config.sft.save_freq > 0, 0
+            checkpoints = open_checkpoints(config, parallel) if saves else None
+            if checkpoints is not None:
+                done = restore_supervised(actor, source, checkpoints, steps)
+            with open_record(config, parallel, done or None, console_every=max(1, steps // 20)) as recorder:
+                train_supervised(
+                    SupervisedRun(
+                        actor=actor,
+                        source=source,
+                        recorder=recorder,
+                        total_steps=steps,
+                        done_steps=done,
+                        checkpoints=checkpoints,
+                        save_freq=config.sft.save_freq,
+                    )
                 )
-            )
         export_hf(actor.chunks, shape, parallel, Path(config.sft.default_local_dir) / "hf", folder)
 
 
@@ -92,11 +112,19 @@ def as_supervised(config: Config) -> Config:
     )
 
 
-def load_examples(config: Config, renderer: ChatRenderer) -> list[SftExample]:
-    """Tokenised conversations of ``sft.train_files``, or built-in demonstrations."""
+def load_corpus(config: Config, renderer: ChatRenderer) -> Corpus:
+    """``sft.train_files``: a corpus on disk or conversations to tokenise; or the built-in demonstrations.
+
+    Raises:
+        ValueError: they cannot be used, or the corpus was made with another tokenizer or holds longer samples.
+    """
+    from spear_megatron.data.corpus import MemoryCorpus
     from spear_megatron.data.sft import cold_start_conversations, encode_conversations, load_conversations
 
     sft = config.sft
+    max_length = config.data.max_prompt_length + config.data.max_response_length
+    if sft.train_files is not None and Path(sft.train_files).is_dir():
+        return open_fitting(Path(sft.train_files), renderer, max_length)
     if sft.train_files is not None:
         conversations = load_conversations([sft.train_files])
     else:
@@ -108,5 +136,28 @@ def load_examples(config: Config, renderer: ChatRenderer) -> list[SftExample]:
             instruction=config.data.instruction,
             tool_rate=sft.tool_rate,
         )
-    max_length = config.data.max_prompt_length + config.data.max_response_length
-    return encode_conversations(conversations, renderer, max_length=max_length)
+    examples = encode_conversations(conversations, renderer, max_length=max_length)
+    return MemoryCorpus(examples, sft.train_files or "the built-in demonstrations")
+
+
+def open_fitting(folder: Path, renderer: ChatRenderer, max_length: int) -> Corpus:
+    """A corpus whose tokens mean to this tokenizer what they meant when it was written.
+
+    Raises:
+        ValueError: they do not, or a sample is longer than ``max_length`` tokens.
+    """
+    from spear_megatron.data.chat import vocabulary_sha256
+    from spear_megatron.data.corpus_files import open_corpus
+
+    corpus = open_corpus(folder)
+    if corpus.info.vocabulary_sha256 != vocabulary_sha256(renderer.tokenizer):
+        raise ValueError(
+            f"{folder} was made with another tokenizer than that of actor_rollout_ref.model.path: write it anew with "
+            "--model of this model"
+        )
+    if corpus.info.longest > max_length:
+        raise ValueError(
+            f"{folder} holds samples of up to {corpus.info.longest} tokens, more than {max_length}: raise "
+            "data.max_response_length, or write it anew with --max-length"
+        )
+    return corpus

@@ -21,7 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train until the last step; a run directory that was used before is continued."""
     config = load_config(args)
-    from spear_megatron.cli.preflight import check_agents, check_before_start, print_plan, print_warnings
+    from spear_megatron.cli.preflight import (
+        check_agents,
+        check_before_start,
+        check_machine,
+        machine_notes,
+        print_plan,
+        print_warnings,
+    )
 
     check_before_start(config)
     check_agents(config)
@@ -30,9 +37,10 @@ def run(args: argparse.Namespace) -> int:
         from spear_megatron.cli.planning import dry_run_lines
 
         print_plan(config)
-        for line in dry_run_lines(config):
+        for line in (*dry_run_lines(config), *machine_notes(config)):
             print(f"# {line}")
         return 0
+    check_machine(config)
     from spear_megatron.cli.build import open_run
     from spear_megatron.cli.session import StopFlag
     from spear_megatron.trainer.loop import train

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-from spear_megatron.parallel.context import context_multiple
-
 if TYPE_CHECKING:
-    from spear_megatron.parallel.config import MegatronConfig
     from spear_megatron.config.schema import Config
     from spear_megatron.model.shape import ModelShape
 
@@ -24,6 +20,7 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
         ValueError: the first problem, naming its keys and the remedy.
     """
     from spear_megatron.config.checks_replay import check_trigger
+    from spear_megatron.model.acceleration import check_acceleration
     from spear_megatron.model.transformer_config import check_layout
 
     data, actor, rollout = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
@@ -32,13 +29,14 @@ def check_config(config: Config, shape: ModelShape, world_size: int) -> None:
     check_world_size(world_size, *sizes, megatron.context_parallel_size)
     check_context(megatron.context_parallel_size, actor.policy_loss.cov_scope, actor.policy_loss.loss_mode)
     check_layout(shape, megatron)
+    check_acceleration(shape, megatron, actor.kernels, config.actor_rollout_ref.model.dtype)
     check_batch(data.train_batch_size, actor.ppo_mini_batch_size)
     if rollout.name == "sglang":
         check_in_flight(rollout.sglang.max_in_flight, rollout.max_num_seqs, world_size // megatron.model_parallel_size)
     check_lengths(
         data.max_prompt_length, data.max_response_length, rollout.max_model_len, shape.max_position_embeddings
     )
-    multiple = token_multiple(megatron)
+    multiple = megatron.token_multiple
     longest = data.max_prompt_length + data.max_response_length
     check_token_budget(actor.ppo_max_token_len_per_gpu, longest, multiple)
     check_kl("use_kl_loss", actor.use_kl_loss, actor.kl_loss_coef)
@@ -83,13 +81,6 @@ def check_context(cp: int, cov_scope: str, loss_mode: str) -> None:
             f"{_ACTOR}.policy_loss.cov_scope=micro_batch cannot see the tokens of other ranks of "
             f"{_ACTOR}.megatron.context_parallel_size={cp}: set cov_scope=mini_batch or the size to 1"
         )
-
-
-def token_multiple(megatron: MegatronConfig) -> int:
-    """What the token length of a micro-batch is a multiple of."""
-    cp = megatron.context_parallel_size
-    tp = megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
-    return math.lcm(context_multiple(cp), cp * tp)
 
 
 def check_batch(train_batch_size: int, ppo_mini_batch_size: int) -> None:

@@ -14,6 +14,8 @@ Rules, for the cases where a chat template is not stable under appending:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -164,3 +166,9 @@ def _carries_loss(message: Message, rendered: str) -> bool:
     thinking = bool(message.get("reasoning_content")) or "</think>" in str(message.get("content") or "")
     stripped = thinking and "</think>" not in rendered
     return bool(message.get("loss", True)) and not stripped
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all tokens with their ids: equal where the same ids mean the same."""
+    pairs = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,15 @@ class PromptSource:
         for prompt in self.prompts:
             digest.update(repr((prompt.task_id, prompt.messages, prompt.answer)).encode())
         return digest.hexdigest()
+
+
+def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 over every task as the model sees it, its answer and its data source, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        row = [prompt.task_id, prompt.data_source, prompt.answer, [dict(message) for message in prompt.messages]]
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
 
 
 def load_prompts(config: DataConfig, split: Split) -> list[Prompt]:

@@ -15,7 +15,6 @@ from spear_megatron.data.chains import Call
 from spear_megatron.data.chat import ChatRenderer
 from spear_megatron.data.generator import GeneratorConfig, Problem, generate_problems
 from spear_megatron.data.jsonl import read_jsonl
-from spear_megatron.data.order import EpochOrder
 from spear_megatron.environments.code_interpreter import TOOL_NAME, TOOL_SCHEMA, format_output
 from spear_megatron.parallel.seeds import derive_key
 
@@ -37,26 +36,6 @@ class SftExample:
 
     ids: torch.Tensor
     loss_mask: torch.Tensor
-
-
-class SftSource:
-    """An endless stream of examples in an order that depends on the seed alone: the same on every rank."""
-
-    def __init__(self, examples: Sequence[SftExample], *, seed: int, shuffle: bool = True) -> None:
-        self.examples = tuple(examples)
-        self._order = EpochOrder(len(self.examples), seed=seed, purpose="sft", shuffle=shuffle)
-
-    def take(self, count: int) -> list[SftExample]:
-        """The next ``count`` examples."""
-        return [self.examples[index] for index in self._order.take(count)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the stream and the identity of its order."""
-        return self._order.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken; ValueError if size, seed or shuffling are others."""
-        self._order.load_state_dict(state)
 
 
 def cold_start_conversations(

@@ -10,6 +10,8 @@ from unittest import mock
 
 import torch
 
+from spear_megatron.device.optional import protect_megatron
+
 _FACTORIES = (
     "tensor", "empty", "zeros", "ones", "full", "arange",
     "empty_like", "zeros_like", "ones_like", "full_like", "rand", "randn", "randint",
@@ -27,6 +29,7 @@ def megatron_on_cpu() -> Iterator[None]:
     activation recomputation saves and restores). Everything that builds, runs or saves a Megatron model belongs
     inside it. May be nested; the names are process-wide, so other threads see them too.
     """
+    protect_megatron()
     if torch.cuda.is_available() or _active:
         with _counted():
             yield
@@ -45,6 +48,7 @@ def megatron_without_storage() -> Iterator[None]:
     Raises:
         RuntimeError: called inside ``megatron_on_cpu``.
     """
+    protect_megatron()
     if _active:
         raise RuntimeError("megatron_without_storage must be the outermost context, leave megatron_on_cpu first")
     with _replaced("meta"), _counted():

@@ -50,19 +50,3 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all(bool(mallopt(option, _KEEP_BYTES)) for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))
-
-
-def transformer_engine_status() -> tuple[bool, str]:
-    """(usable, reason). Transformer Engine is usable when CUDA is there and its PyTorch part really imports.
-
-    On a host without cuDNN the import raises RuntimeError, not ImportError: both count as "not usable".
-    """
-    if not torch.cuda.is_available():
-        return False, "no CUDA device"
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ModuleNotFoundError:
-        return False, "not installed (pip install --no-build-isolation transformer-engine[pytorch])"
-    except (ImportError, RuntimeError, OSError) as error:
-        return False, f"installed, but does not import: {error}"
-    return True, "usable"

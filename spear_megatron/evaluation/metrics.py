@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,12 +79,11 @@ def majority_at_k(problem: ProblemSamples, k: int, *, seed: int, problem_index: 
     _check_k(problem, k)
     num_samples = len(problem.correct)
     if math.comb(num_samples, k) <= MAX_EXACT_SUBSETS:
-        subsets = list(itertools.combinations(range(num_samples), k))
+        subsets = torch.tensor(list(itertools.combinations(range(num_samples), k)))
     else:
         draw = generator(seed, "maj@k", problem_index, k)
-        order = torch.rand(MAX_EXACT_SUBSETS, num_samples, generator=draw).argsort(dim=1)
-        subsets = [tuple(row) for row in order[:, :k].tolist()]
-    return math.fsum(_vote(problem, subset) for subset in subsets) / len(subsets)
+        subsets = torch.rand(MAX_EXACT_SUBSETS, num_samples, generator=draw).argsort(dim=1)[:, :k]
+    return _votes(problem, subsets).mean().item()
 
 
 def bootstrap_estimate(
@@ -138,19 +136,20 @@ def success_estimate(problems: Sequence[ProblemSamples], confidence: float = 0.9
     return Estimate(value=rate, low=low, high=high, num_problems=len(problems))
 
 
-def _vote(problem: ProblemSamples, subset: tuple[int, ...]) -> float:
-    votes: Counter[str] = Counter()
-    correct: Counter[str] = Counter()
-    for index in subset:
-        answer = problem.answers[index]
+def _votes(problem: ProblemSamples, subsets: torch.Tensor) -> torch.Tensor:
+    """Correctness of the majority answer of each subset, float64 [subsets], from int64 [subsets, k] sample indices."""
+    names = [answer for answer in dict.fromkeys(problem.answers) if answer is not None]
+    voted = torch.zeros(len(problem.answers), len(names) + 1, dtype=torch.float64)  # one column more: never empty
+    for sample, answer in enumerate(problem.answers):
         if answer is not None:
-            votes[answer] += 1
-            correct[answer] += problem.correct[index]
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    winners = [answer for answer, count in votes.items() if count == most]
-    return math.fsum(correct[answer] / votes[answer] for answer in winners) / len(winners)
+            voted[sample, names.index(answer)] = 1.0
+    chosen = torch.zeros(len(subsets), len(problem.answers), dtype=torch.float64).scatter_(1, subsets, 1.0)
+    votes = chosen @ voted
+    right = chosen @ (voted * torch.tensor(problem.correct, dtype=torch.float64)[:, None])
+    most = votes.max(dim=1, keepdim=True).values
+    wins = (votes == most) & (most > 0)
+    share = torch.where(wins, right / votes.clamp(min=1.0), 0.0).sum(dim=1)
+    return share / wins.sum(dim=1).clamp(min=1)
 
 
 def _check_k(problem: ProblemSamples, k: int) -> None:

@@ -79,10 +79,12 @@ class EvaluationReport:
         padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
         lines = ["  ".join(row).rstrip() for row in padded]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        title = f"{self.name}: {self.num_problems} problems, {self.num_samples} samples"
-        if self.num_excluded:
-            title += f", {self.num_excluded} excluded after infrastructure failures"
-        return "\n".join([title, *lines])
+        return "\n".join([self.title(), *lines])
+
+    def title(self) -> str:
+        """What was evaluated, and how much of it, in one line."""
+        text = f"{self.name}: {self.num_problems} problems, {self.num_samples} samples"
+        return text + (f", {self.num_excluded} excluded after infrastructure failures" if self.num_excluded else "")
 
 
 def evaluate_samples(

@@ -35,6 +35,18 @@ def head_weight(chunk: torch.nn.Module) -> torch.Tensor:
     return weight
 
 
+def ready_head(chunk: torch.nn.Module) -> torch.Tensor:
+    """The LM head's weight, complete on every rank.
+
+    Where updated weights are gathered in the forward pass, Megatron waits for those of a module when it is called. The
+    head is not called but read.
+    """
+    weight = head_weight(chunk)
+    if getattr(chunk, "use_forward_hook", False):
+        chunk.param_to_bucket_group[weight].finish_param_sync()
+    return weight
+
+
 @contextmanager
 def without_head(chunk: torch.nn.Module) -> Iterator[None]:
     """In the context a forward pass of a last-stage chunk answers with hidden states [T, 1, H] instead of logits.

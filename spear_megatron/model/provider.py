@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from spear_megatron.device.cpu_shim import megatron_on_cpu
+from spear_megatron.model.acceleration import Acceleration, choose_acceleration
 from spear_megatron.model.shape import ModelShape
-from spear_megatron.model.specs import block_spec, choose_transformer_engine
+from spear_megatron.model.specs import block_spec
 from spear_megatron.model.transformer_config import build_transformer_config
 from spear_megatron.parallel.config import MegatronConfig
 from spear_megatron.parallel.state import ParallelState
@@ -66,27 +67,33 @@ def build_model(
             f"wants {wanted}: initialise them with the same sizes"
         )
     on_cuda = parallel.platform.is_cuda
-    use_te = choose_transformer_engine(kernels, parallel.platform, dtype)
+    acceleration = choose_acceleration(megatron, kernels, parallel.platform, dtype)
     with megatron_on_cpu():
         config = build_transformer_config(
-            shape, megatron, dtype=dtype, use_transformer_engine=use_te, on_cuda=on_cuda
+            shape, megatron, dtype=dtype, acceleration=acceleration, on_cuda=on_cuda
         )
         stages = [None] if parallel.vpp_size is None else list(range(parallel.vpp_size))
-        chunks = [_build_chunk(shape, config, parallel, stage, use_te) for stage in stages]
+        chunks = [_build_chunk(shape, config, parallel, stage, acceleration) for stage in stages]
         if with_ddp:
-            return _wrap_ddp(chunks, config, megatron.use_distributed_optimizer)
+            return _wrap_ddp(chunks, config, megatron)
         return list(chunks)
 
 
 def _build_chunk(
-    shape: ModelShape, config: TransformerConfig, parallel: ParallelState, vp_stage: int | None, use_te: bool
+    shape: ModelShape,
+    config: TransformerConfig,
+    parallel: ParallelState,
+    vp_stage: int | None,
+    acceleration: Acceleration,
 ) -> GPTModel:
     from megatron.core.models.gpt import GPTModel
 
     last_virtual = None if parallel.vpp_size is None else parallel.vpp_size - 1
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(shape, config, use_transformer_engine=use_te, vp_stage=vp_stage),
+        transformer_layer_spec=block_spec(
+            shape, config, use_transformer_engine=acceleration.transformer_engine, vp_stage=vp_stage
+        ),
         vocab_size=padded_vocab_size(shape.vocab_size, parallel.tp_size),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel.is_first_stage and vp_stage in (None, 0),
@@ -128,18 +135,25 @@ def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
 
 
 def _wrap_ddp(
-    chunks: list[GPTModel], config: TransformerConfig, use_distributed_optimizer: bool
+    chunks: list[GPTModel], config: TransformerConfig, megatron: MegatronConfig
 ) -> list[MegatronModule]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=use_distributed_optimizer,
-        overlap_grad_reduce=False,
+        use_distributed_optimizer=megatron.use_distributed_optimizer,
+        overlap_grad_reduce=megatron.overlap_grad_reduce,
+        overlap_param_gather=megatron.overlap_param_gather,
+        bucket_size=megatron.ddp_bucket_size,
         check_for_nan_in_grad=False,
         average_in_collective=False,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    if megatron.overlap_grad_reduce:
+        # The schedules reduce with the last micro-batch: before it, gradients only accumulate.
+        waits = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = waits[0] if len(waits) == 1 else waits
+    return wrapped

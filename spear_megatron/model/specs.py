@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from spear_megatron.device.platform import Platform, transformer_engine_status
 from spear_megatron.model.layers import RMSNorm, SDPAttention
 from spear_megatron.model.shape import ModelShape
 
@@ -14,18 +11,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-
-def choose_transformer_engine(kernels: str, platform: Platform, dtype: torch.dtype) -> bool:
-    """Whether to build Transformer Engine layers.
-
-    ``auto`` takes them on CUDA in bfloat16 when they import (its packed attention has no float32 form); ``eager``
-    never does. Raises ValueError for another value.
-    """
-    if kernels not in ("auto", "eager"):
-        raise ValueError(f"actor_rollout_ref.actor.kernels must be auto or eager, got {kernels!r}")
-    wanted = kernels == "auto" and platform.is_cuda and dtype == torch.bfloat16
-    return wanted and transformer_engine_status()[0]
 
 
 def block_spec(

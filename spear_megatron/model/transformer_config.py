@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from spear_megatron.model.acceleration import Acceleration
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.parallel.config import MegatronConfig
 
@@ -53,7 +54,7 @@ def build_transformer_config(
     megatron: MegatronConfig,
     *,
     dtype: torch.dtype,
-    use_transformer_engine: bool = False,
+    acceleration: Acceleration = Acceleration(),
     on_cuda: bool = False,
 ) -> TransformerConfig:
     """Configuration of the Megatron model.
@@ -63,7 +64,7 @@ def build_transformer_config(
 
     Args:
         dtype: torch.float32 or torch.bfloat16, of weights and activations.
-        use_transformer_engine: the layers come from Transformer Engine (switches on its fused rope).
+        acceleration: which optional kernels (Transformer Engine's layers bring their fused rope).
         on_cuda: the model lives on a CUDA device.
 
     Raises:
@@ -71,6 +72,7 @@ def build_transformer_config(
     """
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnBackend
 
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"weights must be float32 or bfloat16, got {dtype}")
@@ -106,14 +108,19 @@ def build_transformer_config(
         perform_initialization=False,
         use_cpu_initialization=not on_cuda,
         # the fused forms below are compiled or CUDA kernels
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=acceleration.weight_gradient_fusion,
         bias_activation_fusion=on_cuda,
         bias_dropout_fusion=on_cuda,
         masked_softmax_fusion=False,
-        apply_rope_fusion=use_transformer_engine,
+        apply_rope_fusion=acceleration.transformer_engine,
         persist_layer_norm=False,
-        batch_p2p_comm=on_cuda,
-        deallocate_pipeline_outputs=True,
+        attention_backend=AttnBackend[megatron.attention_backend],
+        fp8=megatron.fp8,
+        fp8_recipe=megatron.fp8_recipe,
+        batch_p2p_comm=on_cuda and not megatron.overlap_p2p_comm,
+        overlap_p2p_comm=megatron.overlap_p2p_comm,
+        # gloo does not keep what an overlapped message still sends
+        deallocate_pipeline_outputs=on_cuda or not megatron.overlap_p2p_comm,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
     )

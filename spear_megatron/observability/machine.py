@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from spear_megatron.observability.findings import Finding
+from spear_megatron.device.optional import NO_DEVICE, TE_INSTALL, Part, apex, transformer_engine
+from spear_megatron.observability.findings import Finding, Level
 
 MEGATRON_VERSION = "0.16.1"
 _GIB = 1024**3
@@ -22,7 +23,7 @@ _EXTRAS = {
     "matplotlib": ("matplotlib", "pip install matplotlib", "learning curves as PNG"),
     "math_verify": ("math-verify", "pip install math-verify", "answers beyond integers and strings"),
     "ray": ("ray", "pip install -e '.[ray]'", "servers and environment workers on several machines"),
-    "nvidia.dali": ("DALI", "pip install -e '.[dali]'", "DALI readers"),
+    "nvidia.dali": ("DALI", "pip install -e '.[dali]'", "reading corpora (sft.data_source)"),
 }
 
 
@@ -34,7 +35,13 @@ def diagnose_machine(probes: Mapping[str, Callable[[], Finding]], work_dir: str 
             an error finding.
         work_dir: folder whose disk space counts.
     """
-    found = [_python(), *_torch(), _megatron(), _transformer_engine(), _apex()]
+    found = [
+        _python(),
+        *_torch(),
+        _megatron(),
+        _part(transformer_engine(), "the plain layers are used"),
+        _part(apex(), "nothing here needs it"),
+    ]
     for name, probe in probes.items():
         try:
             found.append(probe())
@@ -88,27 +95,16 @@ def _megatron() -> Finding:
     return Finding("ok", "megatron-core", version)
 
 
-def _transformer_engine() -> Finding:
-    """Installed is not usable: without a GPU its import raises RuntimeError, not ImportError."""
-    name = "transformer-engine"
-    if not installed("transformer_engine"):
-        return Finding("info", name, "not installed; the plain layer spec is used (install it on CUDA machines)")
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, RuntimeError, OSError, AssertionError) as error:
-        problem = (str(error).splitlines() or [""])[0]
-        remedy = "pip uninstall transformer-engine on machines without a GPU, else rebuild it for this torch and CUDA"
-        return Finding("warning", name, f"installed but not usable: {type(error).__name__}: {problem}", remedy)
-    return Finding("ok", name, importlib.metadata.version("transformer-engine"))
-
-
-def _apex() -> Finding:
-    if not installed("apex"):
-        return Finding("info", "apex", "not installed; nothing here needs it")
-    if installed("apex.multi_tensor_apply"):
-        return Finding("ok", "apex", "NVIDIA apex")
-    evidence = "the installed package is not NVIDIA's (PyPI's apex is an unrelated web toolkit)"
-    return Finding("warning", "apex", evidence, "pip uninstall apex")
+def _part(part: Part, unneeded: str) -> Finding:
+    """An optional package: missing is worth knowing, installed and useless is probably wrong."""
+    if not part.installed:
+        return Finding("info", part.name, f"not installed; {unneeded}", part.remedy)
+    if part.usable:
+        evidence = "; ".join(filter(None, (part.version, part.reason))) or "installed"
+        return Finding("warning" if part.reason else "ok", part.name, evidence, TE_INSTALL if part.reason else "")
+    # A good package on a machine without a GPU is hidden from megatron-core and harms nobody.
+    level: Level = "info" if part.reason == NO_DEVICE else "warning"
+    return Finding(level, part.name, f"installed but not usable, and hidden: {part.reason}", part.remedy)
 
 
 def _memory() -> Finding:

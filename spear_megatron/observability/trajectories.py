@@ -123,6 +123,14 @@ class TrajectoryStore:
         return gone or shard == self._shard
 
 
+def write_kept(run_dir: str | Path, lines: Sequence[Mapping[str, Any]], step: int = 0, kind: Kind = "val") -> None:
+    """Write objects of :func:`encode` as what is kept of ``step``; without any, nothing is written."""
+    if lines:
+        path = Path(run_dir) / "trajectories" / kind / f"step_{step:06d}.0.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
 def evenly_spaced(count: int, limit: int) -> list[int]:
     """At most ``limit`` indices below ``count``, evenly spread from the first on, ascending."""
     if limit >= count:

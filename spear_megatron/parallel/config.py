@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
+
+from spear_megatron.parallel.context import context_multiple
 
 _PREFIX = "actor_rollout_ref.actor.megatron"
 _RECOMPUTE_GRANULARITIES = (None, "selective", "full")
@@ -36,6 +40,26 @@ class MegatronConfig:
     """Which layers full recomputes: uniform groups of layers, or a block of the first ones."""
     recompute_num_layers: int | None = None
     """Layers per uniform group, or layers of the block."""
+    overlap_grad_reduce: bool = False
+    """Reduce the gradients in buckets while the backward pass of the last micro-batch goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights bucket by bucket while the next forward pass goes on; needs overlap_grad_reduce."""
+    ddp_bucket_size: int | None = None
+    """Parameters per bucket of these; null takes the larger of 40 million and a million per data-parallel rank."""
+    overlap_p2p_comm: bool = False
+    """Send between pipeline stages while they compute; needs virtual stages."""
+    gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
+    """Add weight gradients to the float32 gradient inside their product; auto where Apex's CUDA extension is."""
+    attention_backend: Literal["auto", "flash", "fused"] = "auto"
+    """Attention of Transformer Engine's layers: the flash-attn package, cuDNN's fused one, or its own choice."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Compute products of Transformer Engine's layers in FP8; hybrid has e5m2 gradients. Weights stay bfloat16."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """How FP8 values are scaled; doctor tells which ones the device can."""
+    tp_comm_overlap: bool = False
+    """Not offered: true is refused, because packed micro-batches have no fixed size."""
+    enable_cuda_graph: bool = False
+    """Not offered for training: true is refused, because packed micro-batches have no fixed size."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
@@ -45,11 +69,27 @@ class MegatronConfig:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError(f"{_PREFIX}.sequence_parallel needs tensor_model_parallel_size > 1; set it to false")
         self._check_recompute()
+        self._check_overlap()
 
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def token_multiple(self) -> int:
+        """What the token length of a packed micro-batch is a multiple of.
+
+        Every rank's part of the tokens is cut evenly; FP8 products need multiples of 16 on each (32 for mxfp8).
+        """
+        cp = self.context_parallel_size
+        parts = cp * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+        return math.lcm(context_multiple(cp), parts * self.fp8_multiple)
+
+    @property
+    def fp8_multiple(self) -> int:
+        """What the sides of a product must be multiples of."""
+        return 1 if self.fp8 is None else 32 if self.fp8_recipe == "mxfp8" else 16
 
     @property
     def num_chunks(self) -> int:
@@ -90,3 +130,28 @@ class MegatronConfig:
             )
         if full and self.recompute_num_layers is not None and self.recompute_num_layers < 1:
             raise ValueError(f"{_PREFIX}.recompute_num_layers must be at least 1, got {self.recompute_num_layers}")
+
+    def _check_overlap(self) -> None:
+        for name in ("tp_comm_overlap", "enable_cuda_graph"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{_PREFIX}.{name}=true is not offered: it needs tensors of one fixed size, and micro-batches are "
+                    "packed to a length of their own in every step; set it to false"
+                )
+        needs = {
+            "overlap_param_gather": (self.overlap_param_gather, "overlap_grad_reduce", self.overlap_grad_reduce),
+            "ddp_bucket_size": (self.ddp_bucket_size is not None, "overlap_grad_reduce", self.overlap_grad_reduce),
+            "overlap_p2p_comm": (
+                self.overlap_p2p_comm,
+                "virtual_pipeline_model_parallel_size",
+                self.virtual_pipeline_model_parallel_size is not None,
+            ),
+            "fp8_recipe": (self.fp8_recipe != "delayed", "fp8", self.fp8 is not None),
+        }
+        for name, (asked, needed, given) in needs.items():
+            if asked and not given:
+                raise ValueError(f"{_PREFIX}.{name}={getattr(self, name)} acts only with {needed}: set that too")
+        if self.overlap_param_gather and not self.use_distributed_optimizer:
+            raise ValueError(f"{_PREFIX}.overlap_param_gather needs use_distributed_optimizer=true")
+        if self.ddp_bucket_size is not None and self.ddp_bucket_size < 1:
+            raise ValueError(f"{_PREFIX}.ddp_bucket_size must be at least 1, got {self.ddp_bucket_size}")

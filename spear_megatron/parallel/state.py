@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from spear_megatron.device.optional import protect_megatron
 from spear_megatron.device.platform import Platform, detect_platform
 from spear_megatron.parallel.waits import WaitClock
 
@@ -100,6 +101,7 @@ def initialize(
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _check_sizes(world_size, tp=tp, pp=pp, cp=cp, vpp=vpp)
+    protect_megatron()
     platform = platform or detect_platform(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=timeout_s)
     store = _start_distributed(world_size, platform, timeout)

@@ -20,7 +20,9 @@ class LayerSizes:
         hidden: H; queries, keys: columns of the query and of the key projection on this rank; mlp: F / TP.
         heads: of the queries; groups: key/value heads, both on this rank.
         itemsize: bytes of one activation element.
-        tokens: T, of one micro-batch. cut_tokens: T / TP under sequence parallelism, else T.
+        tokens: T, of one micro-batch on this rank. cut_tokens: T / TP under sequence parallelism, else T.
+        all_tokens: of the micro-batch over all context-parallel ranks, whose keys and values the plain layers gather.
+        mask_elements: of the masks with which they hide later keys, one per chunk of queries that has earlier keys.
         packed: whether a micro-batch holds several sequences.
         mlp_kept: multiples of F per token that the gated MLP keeps: both halves and the product, 3, and where its
             activation is not fused (on the CPU) the activated gate and the shifted other half too, 5.
@@ -36,16 +38,32 @@ class LayerSizes:
     itemsize: int
     tokens: int
     cut_tokens: int
+    all_tokens: int
+    mask_elements: int
     packed: bool
     qk_norm: bool
     mlp_kept: int
 
     @classmethod
     def of(
-        cls, shape: ModelShape, layout: Layout, *, tokens: int, itemsize: int, packed: bool, fused_mlp: bool
+        cls,
+        shape: ModelShape,
+        layout: Layout,
+        *,
+        tokens: int,
+        itemsize: int,
+        packed: bool,
+        fused_mlp: bool,
+        sequence_tokens: int = 0,
+        cp_rank: int = 0,
     ) -> LayerSizes:
-        """Sizes of ``shape`` cut by ``layout`` for micro-batches of ``tokens`` tokens."""
-        tp = layout.tp
+        """Sizes of ``shape`` cut by ``layout`` for micro-batches of ``tokens`` tokens over all context-parallel ranks.
+
+        Args:
+            sequence_tokens: of one packed sequence; 0 for a micro-batch of one.
+            cp_rank: the rank whose masks are counted.
+        """
+        tp, own = layout.tp, -(-tokens // layout.cp)
         groups = max(1, shape.num_key_value_heads // tp)
         return cls(
             hidden=shape.hidden_size,
@@ -56,17 +74,33 @@ class LayerSizes:
             groups=groups,
             head_dim=shape.head_dim,
             itemsize=itemsize,
-            tokens=tokens,
-            cut_tokens=-(-tokens // tp) if layout.megatron.sequence_parallel else tokens,
+            tokens=own,
+            cut_tokens=-(-own // tp) if layout.megatron.sequence_parallel else own,
+            all_tokens=tokens,
+            mask_elements=_mask_elements(tokens, sequence_tokens or tokens, layout.cp, cp_rank),
             packed=packed,
             qk_norm=shape.qk_norm,
             mlp_kept=3 if fused_mlp else 5,
         )
 
     @property
+    def gathered(self) -> bool:
+        """Whether keys and values of other ranks are on this one (context parallelism)."""
+        return self.all_tokens > self.tokens
+
+    @property
     def hidden_bytes(self) -> int:
         """One hidden state of all tokens that this rank holds."""
         return self.cut_tokens * self.hidden * self.itemsize
+
+
+def _mask_elements(tokens: int, sequence_tokens: int, cp: int, cp_rank: int) -> int:
+    """Queries times visible keys of a rank's two chunks of every sequence, of 2 CP; the first chunk has no mask."""
+    if cp == 1:
+        return 0
+    chunk = sequence_tokens / (2 * cp)
+    seen = (cp_rank + 1 if cp_rank else 0) + 2 * cp - cp_rank
+    return int(tokens / sequence_tokens * chunk * chunk * seen)
 
 
 def kept_by_layer(sizes: LayerSizes, spec: Spec, *, selective: bool = False) -> int:
@@ -94,7 +128,9 @@ def _kept_plain(sizes: LayerSizes, selective: bool) -> int:
 
     Two norms; the joint projection (the values are a view of it); normed queries and keys; four tables of the rotary
     embedding; rotated queries and keys, output and log-sum-exp of the attention; the joined output where a micro-batch
-    has several sequences; and 5 F (3 F) of the gated MLP. On CUDA torch's norms keep less: there it is an upper bound.
+    has several sequences; and 5 F (3 F) of the gated MLP. Under context parallelism, keys and values of all ranks
+    instead of the rank's own, and a mask for every chunk of queries behind the first. On CUDA torch's norms keep less:
+    there it is an upper bound.
     """
     b = sizes.itemsize
     per_token = (sizes.queries + 2 * sizes.keys) * b + 4 * sizes.head_dim * b
@@ -102,18 +138,30 @@ def _kept_plain(sizes: LayerSizes, selective: bool) -> int:
         copied = sizes.groups > 1 or b < FP32  # a single group's queries are a view of the joint projection
         per_token += FP32 * sizes.queries * copied + b * sizes.queries + FP32 * sizes.heads
         per_token += FP32 * sizes.keys * (b < FP32) + b * sizes.keys + FP32 * sizes.groups
-    per_token += (2 * sizes.queries + sizes.keys) * b
+    keys = 0 if sizes.gathered else sizes.keys
+    per_token += (2 * sizes.queries + keys) * b
     if not selective:
-        per_token += FP32 * sizes.heads + sizes.queries * b * sizes.packed
+        per_token += FP32 * sizes.heads + sizes.queries * b * (sizes.packed or sizes.gathered)
     per_token += sizes.mlp_kept * sizes.mlp * b
-    return 2 * kept_by_norm(sizes) + sizes.tokens * per_token
+    gathered = gathered_bytes(sizes) + MASK_COPIES * sizes.mask_elements * b if not selective else 0
+    return 2 * kept_by_norm(sizes) + sizes.tokens * per_token + gathered
+
+
+MASK_COPIES = 1
+"""What torch keeps of a boolean mask: one of the queries' dtype, to be added to the scores."""
+
+
+def gathered_bytes(sizes: LayerSizes) -> int:
+    """Keys and values of all context-parallel ranks, in the order of the sequence; 0 without."""
+    return 2 * sizes.keys * sizes.all_tokens * sizes.itemsize * sizes.gathered
 
 
 def _kept_transformer_engine(sizes: LayerSizes, selective: bool) -> int:
     """Transformer Engine's fused layers, flash attention and a fused SwiGLU (after arXiv 2205.05198, section 4.1).
 
     Per norm its input and output, 2 H, and a float32 factor; queries, keys and values of the attention, its output and
-    log-sum-exp; with head norms their inputs as well; 2 F before and F after the activation. Not measured here.
+    log-sum-exp; with head norms their inputs as well; 2 F before and F after the activation. Its ring attention keeps
+    keys and values of its own tokens alone. Not measured here.
     """
     b = sizes.itemsize
     norms = 2 * sizes.cut_tokens * (2 * sizes.hidden * b + FP32)

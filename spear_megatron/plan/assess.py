@@ -91,14 +91,14 @@ def rank_kinds(layout: Layout) -> dict[str, int]:
     """Name -> a rank of that kind: stages differ in layers and head, the leader gathers weights to publish."""
     last = layout.pp - 1
     leader = {"leader": layout.rank_of(tp_rank=0, dp_rank=0, pp_rank=0)}
-    ends = {"tp_rank": layout.tp - 1, "dp_rank": layout.dp - 1}
+    ends = {"tp_rank": layout.tp - 1, "dp_rank": layout.dp - 1, "cp_rank": layout.cp - 1}
     others: dict[str, int] = {}
-    if layout.tp * layout.dp > 1:
+    if layout.tp * layout.shards > 1:
         others["first stage" if layout.pp > 1 else "others"] = layout.rank_of(**ends, pp_rank=0)
     if layout.pp > 2:
         others["middle stage"] = layout.rank_of(**ends, pp_rank=1)
     if layout.pp > 1:
-        others["last stage"] = layout.rank_of(tp_rank=0, dp_rank=0, pp_rank=last)
+        others["last stage"] = layout.rank_of(tp_rank=0, dp_rank=0, pp_rank=last, cp_rank=layout.cp - 1)
     return leader | others
 
 
@@ -109,15 +109,17 @@ def _model(shape: ModelShape, layout: Layout, rank: int, run_dtype: object) -> R
 
 def model_of(run: PlannedRun, layout: Layout, rank: int) -> RankModel:
     """A model like that of ``rank``: built once per stage, with the rank's own numbers."""
-    tp_rank, rest = rank % layout.tp, rank // layout.tp
-    dp_rank, pp_rank = rest % layout.dp, rest // layout.dp
+    tp_rank, cp_rank, dp_rank, pp_rank = layout.coordinates(rank)
     plain = replace(
         layout, megatron=replace(layout.megatron, recompute_granularity=None, recompute_method=None,
                                  recompute_num_layers=None)
     )  # fmt: skip
     alike = 0 if pp_rank == 0 else layout.pp - 1 if pp_rank == layout.pp - 1 else 1
     built = _model(run.shape, plain, plain.rank_of(tp_rank=0, dp_rank=0, pp_rank=alike), run.dtype)
-    return replace(built, tp_rank=tp_rank, dp_rank=dp_rank, pp_rank=pp_rank)
+    shard_rank = cp_rank + layout.cp * dp_rank
+    return replace(
+        built, tp_rank=tp_rank, dp_rank=dp_rank, pp_rank=pp_rank, cp_rank=cp_rank, shard_rank=shard_rank
+    )
 
 
 def assess(run: PlannedRun, layout: Layout, machine: Machine) -> Assessment:
@@ -155,7 +157,7 @@ def assess(run: PlannedRun, layout: Layout, machine: Machine) -> Assessment:
 
 def _with_surroundings(memory: RankMemory, run: PlannedRun, machine: Machine) -> dict[str, list[Term]]:
     """Phases of a rank with reserve and colocated engine; the cache gets what is left, up to what is useful."""
-    phases = memory.phases()
+    phases = memory.phases(process=run.on_host)
     churn = memory.activations.nbytes
     reserve = Reserve(0 if run.on_host else machine.reserve_bytes, machine.fragmentation, churn)
     steady = replace(reserve, activations=0)
@@ -186,7 +188,7 @@ def _engine_alone(run: PlannedRun, machine: Machine) -> list[Term]:
 def _fullest_node(run: PlannedRun, layout: Layout, machine: Machine) -> list[Term]:
     per_node = min(machine.gpus_per_node, layout.world_size)
     nodes = -(-layout.world_size // per_node)
-    candidates = {0, nodes - 1} | {stage * layout.tp * layout.dp // per_node for stage in range(layout.pp)}
+    candidates = {0, nodes - 1} | {stage * layout.tp * layout.shards // per_node for stage in range(layout.pp)}
     every = [
         host_terms(run, layout, node, per_node, lambda rank: model_of(run, layout, rank)) for node in candidates
     ]

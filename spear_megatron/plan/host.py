@@ -127,7 +127,7 @@ def host_terms(run: PlannedRun, layout: Layout, node: int, ranks_per_node: int, 
     """
     ranks = range(node * ranks_per_node, min((node + 1) * ranks_per_node, layout.world_size))
     models = [model_of(rank) for rank in ranks]
-    leaders_here = sum(model.tp_rank == 0 and model.pp_rank == 0 for model in models)
+    leaders_here = sum(model.tp_rank == model.cp_rank == model.pp_rank == 0 for model in models)
     shape = run.shape
     terms: list[Term] = [
         Processes(len(ranks), "cpu" if run.on_host else "cuda"),

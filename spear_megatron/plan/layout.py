@@ -11,34 +11,34 @@ from spear_megatron.parallel.config import MegatronConfig
 class Layout:
     """Sizes of a run's parallelism.
 
-    Ranks vary fastest in tensor, then data, then pipeline parallelism, as Megatron numbers them.
+    Ranks vary fastest in tensor, then context, data, and pipeline parallelism, as Megatron numbers them.
 
     Attributes:
-        megatron: tensor, pipeline and virtual pipeline sizes and their options.
+        megatron: tensor, context, pipeline and virtual pipeline sizes and their options.
         world_size: ranks of the whole run.
 
     Raises:
-        ValueError: the sizes do not divide the world, or there is context parallelism, which is not planned.
+        ValueError: the sizes do not divide the world.
     """
 
     megatron: MegatronConfig
     world_size: int
 
     def __post_init__(self) -> None:
-        if self.megatron.context_parallel_size > 1:
-            raise ValueError(
-                f"context_parallel_size={self.megatron.context_parallel_size} is not planned: plan with 1 and read the "
-                "activations as divided by it"
-            )
         if self.world_size < 1 or self.world_size % self.megatron.model_parallel_size:
             raise ValueError(
                 f"world_size={self.world_size} cannot hold models of {self.megatron.model_parallel_size} ranks "
-                f"(tensor_model_parallel_size={self.tp} x pipeline_model_parallel_size={self.pp}): use a multiple"
+                f"(tensor_model_parallel_size={self.tp} x context_parallel_size={self.cp} x "
+                f"pipeline_model_parallel_size={self.pp}): use a multiple"
             )
 
     @property
     def tp(self) -> int:
         return self.megatron.tensor_model_parallel_size
+
+    @property
+    def cp(self) -> int:
+        return self.megatron.context_parallel_size
 
     @property
     def pp(self) -> int:
@@ -52,15 +52,29 @@ class Layout:
     def dp(self) -> int:
         return self.world_size // self.megatron.model_parallel_size
 
-    def rank_of(self, *, tp_rank: int, dp_rank: int, pp_rank: int) -> int:
+    @property
+    def shards(self) -> int:
+        """Ranks that hold the same weights, over which gradients are reduced and optimizer states are cut."""
+        return self.dp * self.cp
+
+    def rank_of(self, *, tp_rank: int, dp_rank: int, pp_rank: int, cp_rank: int = 0) -> int:
         """Global rank at these coordinates."""
-        return tp_rank + self.tp * (dp_rank + self.dp * pp_rank)
+        return tp_rank + self.tp * (cp_rank + self.cp * (dp_rank + self.dp * pp_rank))
+
+    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
+        """(tp_rank, cp_rank, dp_rank, pp_rank) of a global rank."""
+        rest, tp_rank = divmod(rank, self.tp)
+        rest, cp_rank = divmod(rest, self.cp)
+        pp_rank, dp_rank = divmod(rest, self.dp)
+        return tp_rank, cp_rank, dp_rank, pp_rank
 
     def describe(self) -> str:
         """Short name, for example ``TP8 PP4 VPP2 DP4 SP``."""
         parts = [f"TP{self.tp}", f"PP{self.pp}"]
         if self.vpp is not None:
             parts.append(f"VPP{self.vpp}")
+        if self.cp > 1:
+            parts.append(f"CP{self.cp}")
         parts.append(f"DP{self.dp}")
         if self.megatron.sequence_parallel:
             parts.append("SP")

@@ -43,7 +43,7 @@ class BufferInfo:
         numel: elements of the buffer; the gradient (float32) and, with the distributed optimizer, the parameters lie
             in buffers of this size.
         buckets: elements of its buckets; a shared embedding has one of its own.
-        owned: elements of real parameters whose optimizer state this data-parallel rank keeps.
+        owned: elements of real parameters whose optimizer state this rank keeps.
         largest_owned: elements of the largest single piece among them.
         param_itemsize: bytes of one parameter element.
         holds_parameters: whether parameters live in a buffer of their own, padded like the gradients.
@@ -62,6 +62,7 @@ class RankModel:
     """The model of one rank, as Megatron built it.
 
     Attributes:
+        shard_rank: among the ranks with the same weights (``Layout.shards``).
         parameters: by ``<chunk>.<Megatron name>``.
         pieces: Hugging Face name -> what this rank holds of it (``model.weight_map``).
         buffers: gradient buffers; empty unless asked for.
@@ -71,6 +72,8 @@ class RankModel:
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    cp_rank: int
+    shard_rank: int
     parameters: dict[str, ParameterInfo]
     pieces: dict[str, list[Piece]]
     buffers: tuple[BufferInfo, ...]
@@ -106,9 +109,13 @@ def build_rank(
             tp_rank=parallel.tp_rank,
             pp_rank=parallel.pp_rank,
             dp_rank=parallel.dp_rank,
+            cp_rank=parallel.cp_rank,
+            shard_rank=_shard_rank(layout, parallel.cp_rank, parallel.dp_rank),
             parameters=parameters,
             pieces=local_pieces(chunks, shape, layout.tp),
-            buffers=tuple(_buffers(chunks, layout, parallel.dp_rank)) if with_buffers else (),
+            buffers=tuple(_buffers(chunks, layout, _shard_rank(layout, parallel.cp_rank, parallel.dp_rank)))
+            if with_buffers
+            else (),
             layers=tuple(len(unwrap(chunk).decoder.layers) for chunk in chunks),
         )
 
@@ -146,6 +153,7 @@ def _start(layout: Layout, rank: int) -> None:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
         create_gloo_process_groups=False,
     )
 
@@ -181,8 +189,12 @@ def _state(layout: Layout, rank: int) -> ParallelState:
     )
 
 
-def _buffers(chunks: list[torch.nn.Module], layout: Layout, dp_rank: int) -> Iterator[BufferInfo]:
-    """Gradient buffers; the distributed optimizer gives every data-parallel rank an equal part of every bucket."""
+def _shard_rank(layout: Layout, cp_rank: int, dp_rank: int) -> int:
+    return cp_rank + layout.cp * dp_rank
+
+
+def _buffers(chunks: list[torch.nn.Module], layout: Layout, shard_rank: int) -> Iterator[BufferInfo]:
+    """Gradient buffers; the distributed optimizer gives every rank with the same weights a part of every bucket."""
     sharded = layout.megatron.use_distributed_optimizer
     for chunk in chunks:
         for buffer in chunk.buffers:
@@ -191,9 +203,9 @@ def _buffers(chunks: list[torch.nn.Module], layout: Layout, dp_rank: int) -> Ite
                 low, high = start, end
                 if sharded:
                     bucket = buffer.buckets[bucket_id]
-                    part = bucket.grad_data.numel() // layout.dp
-                    low = max(start, bucket.offset + dp_rank * part)
-                    high = min(end, bucket.offset + (dp_rank + 1) * part)
+                    part = bucket.grad_data.numel() // layout.shards
+                    low = max(start, bucket.offset + shard_rank * part)
+                    high = min(end, bucket.offset + (shard_rank + 1) * part)
                 pieces.append(max(0, high - low))
             yield BufferInfo(
                 numel=buffer.numel,

@@ -50,9 +50,9 @@ class SyncBuffers:
 class SaveStaging:
     """Host memory of gathering the optimizer for a checkpoint that loads at any layout (``fully_reshardable``).
 
-    With the distributed optimizer every data-parallel rank lays out its shards, 12 / DP bytes per element of a bucket;
-    rank 0 receives them (float32 weights and two moments), 12 bytes per element of the buffers so far and 12 of the
-    bucket that is on its way; what the previous bucket left is freed late. Then come the cut pieces, as large as all,
+    With the distributed optimizer every rank with the same weights lays out its shards, 12 / (DP CP) bytes per element
+    of a bucket; rank 0 receives them (float32 weights and two moments), 12 bytes per element of the buffers so far and
+    12 of the bucket on its way; what the previous bucket left is freed late. Then come the cut pieces, as large as all,
     and the weights where they live on the host. Without it rank 0 copies the halves of every gated MLP's first matrix.
     Source: megatron-core 0.16.1, ``get_parameter_state_dp_zero``.
     """
@@ -67,8 +67,8 @@ class SaveStaging:
         """Bytes, by the formula of the class."""
         buffers = self.model.buffers
         if not self.layout.megatron.use_distributed_optimizer:
-            return 0 if self.model.dp_rank else self._halves
-        first, dp = self.model.dp_rank == 0, self.layout.dp
+            return 0 if self.model.shard_rank else self._halves
+        first, dp = self.model.shard_rank == 0, self.layout.shards
         peak = gathered = before = 0
         for buffer in buffers:
             gathered += 12 * buffer.numel * first

@@ -24,6 +24,7 @@ from spear_megatron.plan.workspace import (
     HeadKept,
     LayerBackward,
     LayerForward,
+    WeightGathering,
 )
 
 PHASES = ("rollout", "old_log_prob", "ref", "update", "step", "publish", "save")
@@ -83,7 +84,15 @@ class RankMemory:
             itemsize=work.dtype.itemsize,
             packed=work.packed,
             fused_mlp=not work.on_host,
+            sequence_tokens=work.sequence_tokens,
+            cp_rank=self.model.cp_rank,
         )
+
+    @property
+    def batch_tokens(self) -> float:
+        """Tokens of a micro-batch on the device: this rank's, and on the host those that they are taken from too."""
+        work, cp = self.workload, self.layout.cp
+        return work.tokens / cp + (work.tokens if work.on_host and cp > 1 else 0)
 
     @property
     def static(self) -> list[Term]:
@@ -91,16 +100,23 @@ class RankMemory:
         buffers = self.model.buffers
         return [Parameters(self.model), MainGradients(buffers), OptimizerState(buffers)]
 
-    def phases(self) -> dict[str, list[Term]]:
-        """Terms by phase, at its peak; a phase that the run does not have is left out."""
+    def phases(self, *, process: bool = False) -> dict[str, list[Term]]:
+        """Terms by phase, at its peak; a phase that the run does not have is left out.
+
+        Args:
+            process: on the CPU, count what operations allocate inside of themselves too, as a process shows it.
+        """
         work = self.workload
+        stepping: list[Term] = [OptimizerWorkspace(self.model.buffers, work.optimizer)]
+        if process and work.on_host and self.layout.megatron.use_distributed_optimizer:
+            stepping.append(WeightGathering(self.model.buffers))
         found: dict[str, list[Term]] = {"rollout": self.static}
         if work.old_log_prob:
             found["old_log_prob"] = self.forward()
         if work.reference:
             found["ref"] = self.forward()
-        found["update"] = self.update()
-        found["step"] = [*self.static, OptimizerWorkspace(self.model.buffers, work.optimizer)]
+        found["update"] = self.update(process=process)
+        found["step"] = [*self.static, max(stepping, key=lambda term: term.nbytes)]
         found["publish"] = [*self.static, SyncBuffers(self.shape, self.layout, self.model, work.dtype.itemsize)]
         found["save"] = [*self.static, *([SaveStaging(self.model, self.layout)] if work.on_host else [])]
         return found
@@ -113,14 +129,15 @@ class RankMemory:
             working.append(HeadForward(self.head))
         return [
             *self.static,
-            Batch(work.tokens, work.forward_micro_batches),
+            Batch(self.batch_tokens, work.forward_micro_batches),
             Communication(sizes, self.layout.pp > 1),
             max(working, key=lambda term: term.nbytes),
         ]
 
-    def update(self) -> list[Term]:
+    def update(self, *, process: bool = False) -> list[Term]:
         """Forward and backward of one optimizer step, where its peak is: before the first backward pass frees anything
-        (head, or a layer), at the end of one (embedding), or when gradients are reduced on the CPU.
+        (head, or a layer), at the end of one (embedding), or when gradients are reduced on the CPU (``process`` as in
+        :meth:`phases`).
         """
         work, sizes = self.workload, self.sizes
         layers = self.activations
@@ -132,10 +149,10 @@ class RankMemory:
             embedding = EmbeddingBackward(rows, sizes.hidden, sizes.itemsize)
             peaks.append([Fewer(layers, 1, layers.passes), embedding])
         if work.on_host and self.layout.megatron.use_distributed_optimizer:
-            peaks.append([GradientReduction(self.model.buffers)])
+            peaks.append([GradientReduction(self.model.buffers, copies=2 if process else 1)])
         return [
             *self.static,
-            Batch(work.tokens, work.micro_batches),
+            Batch(self.batch_tokens, work.micro_batches),
             Communication(sizes, self.layout.pp > 1),
             *max(peaks, key=total),
         ]

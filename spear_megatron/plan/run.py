@@ -123,7 +123,7 @@ class PlannedRun:
             tokens=self.micro_batch_tokens,
             micro_batches=self.micro_batches(layout, self.update_tokens / self.optimizer_steps),
             forward_micro_batches=self.micro_batches(layout, self.tokens),
-            head_rows=self.micro_batch_tokens,
+            head_rows=-(-self.micro_batch_tokens // layout.cp),
             max_logits_bytes=self.max_logits_bytes,
             dtype=self.dtype,
             spec=self.spec,
@@ -133,4 +133,5 @@ class PlannedRun:
             on_host=self.on_host,
             old_log_prob=self.old_log_prob,
             reference=self.reference,
+            sequence_tokens=min(self.max_tokens, self.micro_batch_tokens),
         )

@@ -22,7 +22,7 @@ class StepTime:
         rollout, old_log_prob, ref, update, publish, save: phases. Those of the trainer hold computation, bubble and
             communication.
         bubble: share of the update that pipeline stages wait. tensor_parallel, data_parallel: seconds of the update
-            that these collectives take, none of it hidden.
+            that these collectives take, none of it hidden (context parallelism's count as tensor parallel).
         mfu: model operations of the update over what the GPUs could have done in its time.
     """
 
@@ -100,7 +100,8 @@ def _trainer_seconds(
 
     Tokens that pad micro-batches cost like others. The bubble is (PP - 1) / (m VPP) of the busy time (arXiv
     2104.04473, section 2.2.2). Every layer has ``collectives`` all-reduces of T H elements per micro-batch, 2 (TP - 1)
-    / TP of their bytes over NVLink, or over the network when a tensor-parallel group leaves its node.
+    / TP of their bytes over NVLink, or over the network when a tensor-parallel group leaves its node. Under context
+    parallelism keys and values of the micro-batch go once over these ranks for every two of them.
     """
     tp, chunks = layout.tp, layout.megatron.num_chunks
     tokens = micro_batches * rounds * run.micro_batch_tokens * layout.dp
@@ -108,8 +109,9 @@ def _trainer_seconds(
     padded = max(1.0, tokens / used)
     compute = flops * padded / (layout.world_size * machine.peak_flops * machine.compute_efficiency)
     link = machine.nvlink_bandwidth if tp <= machine.gpus_per_node else machine.network_bandwidth
-    message = run.micro_batch_tokens * run.shape.hidden_size * run.dtype.itemsize
+    message = run.micro_batch_tokens / layout.cp * run.shape.hidden_size * run.dtype.itemsize
     per_layer = collectives * 2 * (tp - 1) / tp * message / (link * machine.link_efficiency)
+    per_layer += (collectives // 2) * _context_seconds(run, layout, machine)
     tensor_parallel = per_layer * run.shape.num_layers / layout.pp * micro_batches * rounds
     cut = tp if layout.megatron.sequence_parallel else 1
     hops = (collectives // 2) * micro_batches * rounds * chunks * (layout.pp > 1)
@@ -119,16 +121,28 @@ def _trainer_seconds(
     return busy * (1 + bubble), bubble / (1 + bubble), tensor_parallel
 
 
+def _context_seconds(run: PlannedRun, layout: Layout, machine: Machine) -> float:
+    """One gathering (or summing) of a layer's keys and values over the context-parallel ranks, none of it hidden."""
+    if layout.cp == 1:
+        return 0.0
+    groups = max(1, run.shape.num_key_value_heads // layout.tp)
+    size = 2 * groups * run.shape.head_dim * run.micro_batch_tokens * run.dtype.itemsize
+    inside = layout.tp * layout.cp <= machine.gpus_per_node
+    link = machine.nvlink_bandwidth if inside else machine.network_bandwidth
+    return (layout.cp - 1) / layout.cp * size / (link * machine.link_efficiency)
+
+
 def _data_parallel(run: PlannedRun, layout: Layout, machine: Machine) -> float:
     """Reduce-scatter of float32 gradients and all-gather of the weights per optimizer step, neither overlapped."""
-    if layout.dp == 1:
+    shards = layout.shards
+    if shards == 1:
         return 0.0
-    per_rank = run.shape.num_parameters() / layout.megatron.model_parallel_size
-    inside = layout.tp * layout.dp <= machine.gpus_per_node
+    per_rank = run.shape.num_parameters() / (layout.tp * layout.pp)
+    inside = layout.tp * shards <= machine.gpus_per_node
     link = machine.nvlink_bandwidth if inside else machine.network_bandwidth
-    moved = per_rank * (FP32 + run.dtype.itemsize) * (layout.dp - 1) / layout.dp
+    moved = per_rank * (FP32 + run.dtype.itemsize) * (shards - 1) / shards
     if not layout.megatron.use_distributed_optimizer:
-        moved = per_rank * 2 * FP32 * (layout.dp - 1) / layout.dp
+        moved = per_rank * 2 * FP32 * (shards - 1) / shards
     return run.optimizer_steps * moved / (link * machine.link_efficiency)
 
 

@@ -17,9 +17,10 @@ class Workload:
     """One training step as a rank sees it.
 
     Attributes:
-        tokens: T, token length of a packed micro-batch. micro_batches: of one optimizer step on one data-parallel rank;
+        tokens: T, token length of a packed micro-batch over all context-parallel ranks. sequence_tokens: of one of its
+            sequences, 0 for a micro-batch of one. micro_batches: of one optimizer step on one data-parallel rank;
             forward_micro_batches: of a pass over the whole step's rows.
-        head_rows: sampled tokens of a micro-batch.
+        head_rows: sampled tokens of a micro-batch on this rank.
         max_logits_bytes: ``actor.max_logits_mb`` in bytes.
         dtype: of weights and activations.
         spec: which layers; optimizer: which Adam; eager_head: plain torch log-probs.
@@ -41,6 +42,7 @@ class Workload:
     on_host: bool = False
     old_log_prob: bool = True
     reference: bool = False
+    sequence_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "micro_batches", "forward_micro_batches", "max_logits_bytes"):

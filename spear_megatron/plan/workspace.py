@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spear_megatron.plan.activations import FP32, LayerSizes, kept_by_norm
+from spear_megatron.plan.activations import FP32, LayerSizes, gathered_bytes, kept_by_norm
 from spear_megatron.plan.meta import BufferInfo
 
 BATCH_BYTES_PER_TOKEN = 4 * 8 + 3 * 1 + 6 * 4
@@ -20,13 +20,13 @@ _MIN_SLICE_COLUMNS = 256
 class Batch:
     """All micro-batches of one optimizer step on the device: tokens * count * 59 bytes."""
 
-    tokens: int
+    tokens: float
     num_micro_batches: int
     label: ClassVar[str] = "batch"
 
     @property
     def nbytes(self) -> int:
-        return self.tokens * self.num_micro_batches * BATCH_BYTES_PER_TOKEN
+        return int(self.tokens * self.num_micro_batches * BATCH_BYTES_PER_TOKEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,8 @@ class LayerBackward:
 
     The gradient of the hidden state (twice, gathered, under sequence parallelism) and, at the second linear: gradients
     of its input (T F) and weight (F H); at the product: 2 T F; at the first linear, when what the MLP kept is freed:
-    2 T F + T H and the weight's 2 F H (F over TP).
+    2 T F + T H and the weight's 2 F H (F over TP). Under context parallelism also the attention's, when what the MLP
+    and a norm kept is freed: gradients of the gathered keys and values, in two orders, and of the queries.
     """
 
     sizes: LayerSizes
@@ -140,7 +141,11 @@ class LayerBackward:
         second = b * s.mlp * (s.tokens + s.hidden)
         product = b * 2 * s.tokens * s.mlp
         first = b * ((2 - freed) * s.tokens * s.mlp + s.tokens * s.hidden + 2 * s.mlp * s.hidden)
-        return incoming + max(second, product, first)
+        attention = 0
+        if s.gathered:
+            attention = 2 * gathered_bytes(s) + 2 * b * s.tokens * s.queries - freed * b * s.tokens * s.mlp
+            attention -= kept_by_norm(s)
+        return incoming + max(second, product, first, attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +164,9 @@ class LayerForward:
         """Bytes, by the formula of the class."""
         s, b = self.sizes, self.sizes.itemsize
         mlp = s.mlp_kept * s.mlp
-        attention = 5 * s.queries + 4 * s.keys
+        attention = b * s.tokens * (5 * s.queries + 4 * s.keys) + 2 * gathered_bytes(s) + s.mask_elements * b
         rotary = FP32 * s.head_dim * s.tokens
-        return 3 * s.hidden_bytes + b * s.tokens * max(mlp, attention) + rotary
+        return 3 * s.hidden_bytes + max(b * s.tokens * mlp, attention) + rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +192,30 @@ class GradientReduction:
     """Copy of the largest gradient buffer that gloo makes to reduce and scatter it, 4 bytes per element.
 
     At the end of an update, when activations are gone. NCCL reduces in place, and so does an all-reduce.
+
+    Attributes:
+        copies: 2 with the one inside of the operation, which no tensor shows.
     """
 
     buffers: tuple[BufferInfo, ...]
+    copies: int = 1
     label: ClassVar[str] = "backward workspace"
 
     @property
     def nbytes(self) -> int:
-        return FP32 * max(buffer.numel for buffer in self.buffers)
+        return self.copies * FP32 * max(buffer.numel for buffer in self.buffers)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGathering:
+    """Copy of the largest parameter buffer that gloo makes inside of its all-gather, after an optimizer step.
+
+    No tensor shows it: it counts for the memory of a process on the CPU only. NCCL gathers in place.
+    """
+
+    buffers: tuple[BufferInfo, ...]
+    label: ClassVar[str] = "optimizer workspace"
+
+    @property
+    def nbytes(self) -> int:
+        return max(buffer.numel * buffer.param_itemsize for buffer in self.buffers)

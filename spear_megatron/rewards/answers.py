@@ -7,6 +7,11 @@ import re
 _BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _DECORATION = re.compile(r"\\[,!]|\^?\s*\{?\\circ(?![a-zA-Z])\}?|°|\$")
 _INTEGER = re.compile(r"([+-]?)\s*0*(\d+)(?:\.0*)?")
+_WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+_NUMBER = re.compile(r"[+-]?[\d.,{}]+")
+_NAMED = re.compile(r"[A-Za-z\s+_()]+=\s*")
+_SPACES = re.compile(r"\\[ ;:]|~")
+_OFFICIAL_TAIL = 100
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:\{?,\}?\d{3})+(?:\.0*)?")
 
 
@@ -52,7 +57,24 @@ def canonical_answer(text: str) -> str | None:
     answer = last_boxed(text)
     if not answer:
         return None
-    return canonical_integer(answer) or "".join(answer.split())
+    return _integer(answer) or "".join(answer.split())
+
+
+def official_answer(text: str) -> str | None:
+    r"""The answer that SPEAR's released code reads from a response for AIME: None where it finds none.
+
+    The last ``\boxed{`` within the last 100 characters, up to the brace that closes it, as it stands: nothing is
+    stripped, escaped braces count, and a box that does not close gives no answer even after one that does. It is
+    right only if it equals the truth character by character.
+    """
+    tail = text[-_OFFICIAL_TAIL:]
+    start = tail.rfind("\\boxed{")
+    depth = 0
+    for position in range(start, len(tail)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(tail[position], 0)
+        if depth == 0 and tail[position] == "}":
+            return tail[start + len("\\boxed{") : position]
+    return None
 
 
 def quick_verdict(answer: str, truth: str) -> bool | None:
@@ -61,5 +83,16 @@ def quick_verdict(answer: str, truth: str) -> bool | None:
         return False
     if answer.strip() == truth.strip():
         return True
-    left, right = canonical_integer(answer), canonical_integer(truth)
+    left, right = _integer(answer), _integer(truth)
     return left == right if left is not None and right is not None else None
+
+
+def _integer(text: str) -> str | None:
+    """``canonical_integer`` that also reads ``\\text{}`` around numbers, units after them and ``m + n =`` before."""
+
+    def plain(found: re.Match[str]) -> str:
+        inside = found[1].strip()
+        return inside if _NUMBER.fullmatch(inside) or found.start() == 0 else ""
+
+    bare = _WORDS.sub(plain, _SPACES.sub(" ", text).strip()).strip()
+    return canonical_integer(_NAMED.sub("", bare, count=1) if _NAMED.match(bare) else bare)

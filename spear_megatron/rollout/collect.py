@@ -33,6 +33,7 @@ from spear_megatron.rollout.engine import SamplingParams
 from spear_megatron.rollout.loop_thread import CLOSE_S, LoopThread
 from spear_megatron.rollout.oversampling import Drawn, Portion
 from spear_megatron.rollout.partial import HeldGroup
+from spear_megatron.rollout.scheduler import Keeper
 from spear_megatron.rollout.work import SharedWork
 from spear_megatron.types import Group, Prompt
 
@@ -47,7 +48,8 @@ class Tasks:
     """What to roll out: (prompt index, prompt) pairs, samples each, sampling, and the purpose that keys the noise.
 
     With ``wanted`` the prompts are candidates, and the collection ends as soon as so many of their groups are complete;
-    ``batch`` then tells the collections of one step apart.
+    ``batch`` then tells the collections of one step apart. ``keeper``, on leaders and without ``wanted``, takes every
+    episode as it ends and names those that need not run.
     """
 
     purpose: str
@@ -57,6 +59,7 @@ class Tasks:
     sampling: SamplingParams
     wanted: int | None = None
     batch: int = 0
+    keeper: Keeper | None = None
 
 
 RunDrawn = Callable[[Tasks, Portion], Awaitable[Drawn]]

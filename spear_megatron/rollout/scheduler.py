@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from spear_megatron.data.chat import ChatRenderer
 from spear_megatron.environments.protocol import Environment, Reward
@@ -16,6 +17,18 @@ from spear_megatron.types import Group, Prompt, Trajectory, TrajectoryId
 
 RunEpisode = Callable[[Prompt, TrajectoryId], Awaitable[Trajectory]]
 _MAX_NAMED = 10
+
+
+class Keeper(Protocol):
+    """Takes every episode when it is finished, and knows those that an earlier process finished."""
+
+    def has(self, trajectory_id: TrajectoryId) -> bool:
+        """Whether this episode was finished before, so that it need not run."""
+        ...
+
+    def keep(self, prompt: Prompt, trajectory: Trajectory) -> None:
+        """Keep a finished episode, also one whose infrastructure failed. Raising ends the collection."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +71,17 @@ async def collect_groups(
     max_concurrency: int,
     deadline_s: float,
     on_progress: Callable[[int, int], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> list[Group]:
     """Roll out ``num_samples`` episodes of every (task index, prompt) pair, at most ``max_concurrency`` at a time.
 
     An episode whose infrastructure failed runs once more under the same id; if it fails again it is kept as such.
     ``on_progress`` gets the numbers of finished and of all episodes. Groups come in task order, samples in theirs.
+    Episodes that ``keeper`` has do not run, and are missing in the groups; the others are given to it one by one.
 
     Raises:
         TimeoutError: after ``deadline_s`` seconds, naming the unfinished ids.
-        RuntimeError: every episode failed; carries the first error.
+        RuntimeError: every episode failed, and ``keeper`` had none; carries the first error.
         ValueError: of an episode, when the task or the settings are at fault. All other episodes are cancelled.
     """
     if max_concurrency < 1:
@@ -74,7 +89,7 @@ async def collect_groups(
     turn = asyncio.Semaphore(max_concurrency)
     tasks: dict[TrajectoryId, asyncio.Task[Trajectory]] = {}
 
-    num_finished = 0
+    num_finished = num_known = 0
 
     async def episode(prompt: Prompt, trajectory_id: TrajectoryId) -> Trajectory:
         nonlocal num_finished
@@ -82,6 +97,8 @@ async def collect_groups(
             trajectory = await run(prompt, trajectory_id)
             if not trajectory.valid:
                 trajectory = await run(prompt, trajectory_id)
+        if keeper is not None:
+            keeper.keep(prompt, trajectory)
         num_finished += 1
         if on_progress is not None:
             on_progress(num_finished, len(tasks))
@@ -90,14 +107,20 @@ async def collect_groups(
     for index, prompt in sorted(prompts, key=lambda pair: pair[0]):
         for sample in range(num_samples):
             trajectory_id = TrajectoryId(step, index, sample)
+            if keeper is not None and keeper.has(trajectory_id):
+                num_known += 1
+                continue
             tasks[trajectory_id] = asyncio.create_task(episode(prompt, trajectory_id), name=str(trajectory_id))
     await _finish(tasks, deadline_s)
     results = {trajectory_id: task.result() for trajectory_id, task in tasks.items()}
-    _refuse_total_failure(list(results.values()))
-    return [
-        Group(prompt, tuple(results[TrajectoryId(step, index, sample)] for sample in range(num_samples)))
-        for index, prompt in sorted(prompts, key=lambda pair: pair[0])
-    ]
+    if not num_known:
+        _refuse_total_failure(list(results.values()))
+    groups = []
+    for index, prompt in sorted(prompts, key=lambda pair: pair[0]):
+        ids = [TrajectoryId(step, index, sample) for sample in range(num_samples)]
+        if members := tuple(results[trajectory_id] for trajectory_id in ids if trajectory_id in results):
+            groups.append(Group(prompt, members))
+    return groups
 
 
 async def _finish(tasks: dict[TrajectoryId, asyncio.Task[Trajectory]], deadline_s: float) -> None:

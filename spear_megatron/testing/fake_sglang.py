@@ -22,7 +22,7 @@ wrong_count: one log-prob is missing; abort: the server aborts it by itself.
 
 KNOWN_PARAMS = frozenset(
     "max_new_tokens temperature top_p top_k stop_token_ids ignore_eos min_p frequency_penalty presence_penalty "
-    "repetition_penalty min_new_tokens n stop skip_special_tokens".split()
+    "repetition_penalty min_new_tokens n stop skip_special_tokens sampling_seed".split()
 )
 
 
@@ -45,6 +45,7 @@ class FakeSGLang:
         version: of SGLang; without spans of weight versions before 0.5.20, without update sessions before 0.5.21.
         faults: what goes wrong with the first requests, in order of arrival; None for nothing.
         host, port: where it listens; port 0 takes a free one.
+        model_path: what it says that it was started with.
 
     Attributes:
         received: (rid, input ids) of every /generate, refused ones included.
@@ -72,8 +73,9 @@ class FakeSGLang:
         faults: Sequence[Fault | None] = (),
         host: str = "127.0.0.1",
         port: int = 0,
+        model_path: str = "fake",
     ) -> None:
-        self._host, self._port = host, port
+        self._host, self._port, self._model_path = host, port, model_path
         self.vocab_size, self.context_length, self.eos_token_id = vocab_size, context_length, eos_token_id
         self.seconds_per_token, self.version, self.weight_version = seconds_per_token, version, weight_version
         self.faults = list(faults)
@@ -285,7 +287,7 @@ class FakeSGLang:
         return web.json_response(facts)
 
     async def _model_info(self, request: web.Request) -> web.Response:
-        return web.json_response({"model_path": "fake", "weight_version": self.weight_version})
+        return web.json_response({"model_path": self._model_path, "weight_version": self.weight_version})
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "fake", "max_model_len": self.context_length}]})

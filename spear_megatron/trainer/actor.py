@@ -123,9 +123,15 @@ class Actor:
 
     def reference_log_probs(self, rows: Sequence[Row], reference: Reference) -> list[Row]:
         """Rows with ``ref_log_probs`` of the reference weights, in the given order."""
+        self.settle()
         with reference.swapped_in(self.chunks):
             values, _ = self._evaluate(rows, with_entropy=False)
         return [replace(row, ref_log_probs=value) for row, value in zip(rows, values, strict=True)]
+
+    def settle(self) -> None:
+        """Complete the weights of the last update on all ranks (``optimizer.settle``)."""
+        with megatron_on_cpu():
+            self.optimizer.settle()
 
     def update(
         self,
@@ -324,14 +330,13 @@ class Actor:
         return [row[order.to(row.device)] for row, order in zip(torch.cat(parts, dim=1), orders, strict=True)]
 
     def _pack(self, rows: Sequence[WeightedRow], share: bool = False) -> TrainBatch:
-        parallel, sequence_parallel = self._parallel, self._config.megatron.sequence_parallel
-        multiple = context_multiple(parallel.cp_size)
+        parallel = self._parallel
         ordered = sorted(rows, key=lambda item: row_key(item.row))
         plan = plan_packing(
             [packed_length(item.row.response_mask) for item in ordered],
             max_tokens=self._config.ppo_max_token_len_per_gpu,
-            length_multiple=math.lcm(multiple, parallel.cp_size * (parallel.tp_size if sequence_parallel else 1)),
-            sequence_multiple=multiple,
+            length_multiple=self._config.megatron.token_multiple,
+            sequence_multiple=context_multiple(parallel.cp_size),
             count_multiple=parallel.pp_size if parallel.vpp_size else 1,
             reduce_max=self._max_over_ranks,
         )

@@ -88,6 +88,7 @@ class RunFrame:
 
     def publish(self, version: int) -> None:
         """Give the engine the current weights; tokens sampled from now on carry ``version``."""
+        self.parts.actor.settle()
         outcome = self.parts.publish_weights(version)
         if outcome is not None:
             self._metrics.update(outcome.metrics())

@@ -24,6 +24,7 @@ class PolicyOptimizer:
         dtype: torch.dtype,
         use_distributed_optimizer: bool,
         total_steps: int,
+        overlap_param_gather: bool = False,
     ) -> None:
         """Build for ``chunks`` wrapped in Megatron's DistributedDataParallel.
 
@@ -31,6 +32,7 @@ class PolicyOptimizer:
             dtype: float32 or bfloat16, of the weights; masters and states are float32.
             use_distributed_optimizer: shard masters and states over the data-parallel ranks.
             total_steps: optimizer steps of the whole run, where the decay ends.
+            overlap_param_gather: the wrapped chunks gather updated weights in their next forward pass.
         """
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -48,6 +50,7 @@ class PolicyOptimizer:
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=use_distributed_optimizer,
+            overlap_param_gather=overlap_param_gather,
         )
         self.megatron: Any = get_megatron_optimizer(settings, self._chunks)
         self.scheduler: Any = OptimizerParamScheduler(
@@ -101,6 +104,16 @@ class PolicyOptimizer:
         self.megatron.step_with_ready_grads()
         if advance_schedule:
             self.scheduler.step(1)
+
+    def settle(self) -> None:
+        """Complete the weights on every rank, if they are to be gathered in the next forward pass only. Collective.
+
+        Belongs before anything but a forward pass that reads weights: publishing, saving, exporting, swapping.
+        """
+        for chunk in self._chunks:
+            if getattr(chunk, "use_forward_hook", False):
+                for group in chunk.bucket_groups:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def follow_configuration(self) -> None:
         """After a checkpoint was loaded: learning rates of today's configuration at the checkpoint's step count."""

@@ -91,7 +91,11 @@ class SFTConfig:
     """``sft.*``: the supervised cold start."""
 
     train_files: str | None = None
-    """JSONL of conversations (``messages``, optional ``tools``); null takes demonstrations of the built-in tasks."""
+    """JSONL of conversations (``messages``, optional ``tools``), or a folder that the command ``corpus`` wrote; null
+    takes demonstrations of the built-in tasks."""
+    data_source: Literal["auto", "mmap", "dali"] = "auto"
+    """What reads the conversations: mmap (memory-mapped files) or dali (NVIDIA DALI, the extra ``dali``), which give
+    the same batches; auto takes DALI, if installed, for corpora of the form numpy, where it is faster."""
     num_examples: int = 1024
     """Built-in demonstrations to make (ignored when train_files is given)."""
     error_rate: float = 0.0
@@ -106,6 +110,9 @@ class SFTConfig:
     """Peak learning rate, reached after warm-up and then decayed on a cosine to a tenth."""
     lr_warmup_steps: int = 5
     """Linear warm-up steps."""
+    save_freq: int = -1
+    """Checkpoint every this many steps and after the last one, and continue from the newest one of the run directory,
+    on any number of ranks; -1 keeps none and starts anew."""
     default_local_dir: str = "outputs/sft"
     """Run directory of the cold start; the model is exported to its ``hf`` folder."""
 
@@ -113,6 +120,8 @@ class SFTConfig:
         for name in ("num_examples", "total_training_steps", "train_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sft.{name} must be at least 1, got {getattr(self, name)}")
+        if self.save_freq != -1 and self.save_freq < 1:
+            raise ValueError(f"sft.save_freq must be -1 (never) or at least 1, got {self.save_freq}")
         for name in ("error_rate", "tool_rate"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"sft.{name} is a share between 0 and 1, got {getattr(self, name)}")

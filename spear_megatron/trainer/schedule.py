@@ -12,7 +12,7 @@ import torch
 
 from spear_megatron.device.cpu_shim import megatron_on_cpu
 from spear_megatron.model.forward import packed_seq_params
-from spear_megatron.model.head import HeadInput, head_weight, without_head
+from spear_megatron.model.head import HeadInput, ready_head, without_head
 from spear_megatron.parallel.context import context_positions
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.types import MicroBatch, TrainBatch
@@ -136,10 +136,10 @@ def _run(
                 attention_mask=None,
                 packed_seq_params=item.packed,
             )
-        return output, partial(loss_function, item, weight)
+        # Every stage names one, the last uses it.
+        is_last = parallel.is_last_stage and model is chunks[-1]
+        return output, partial(loss_function, item, ready_head(model) if is_last else torch.empty(0))
 
-    # Every stage names one, the last uses it.
-    weight = head_weight(chunks[-1]) if parallel.is_last_stage else torch.empty(0)
     items = _items(batch, parallel)
     with megatron_on_cpu():
         results = get_forward_backward_func()(

@@ -30,6 +30,7 @@ class Case:
     rows: int = 8
     per_batch: int = 2
     max_logits_mb: int = 2048
+    cp: int = 1
 
 
 def make_rows(case: Case, dp_rank: int, vocab: int) -> list[Row]:
@@ -49,7 +50,15 @@ def make_rows(case: Case, dp_rank: int, vocab: int) -> list[Row]:
     ]
 
 
-def measure_on_rank(folder: str, case: Case) -> dict[str, int]:
+def measure_process_on_rank(folder: str, case: Case) -> dict[str, int]:
+    """Peak resident bytes of the process above its baseline, by phase."""
+    from spear_megatron.plan.measure import ProcessBytes
+
+    torch.nn.Linear(64, 64)(torch.ones(64, 64)).sum().backward()  # libraries that are loaded with their first use
+    return measure_on_rank(folder, case, ProcessBytes)
+
+
+def measure_on_rank(folder: str, case: Case, meter_class: Any = None) -> dict[str, int]:
     """Peak live bytes by phase, after a first step that allocates the optimizer's state."""
     from train_step import Layout, build_actor
 
@@ -59,11 +68,11 @@ def measure_on_rank(folder: str, case: Case) -> dict[str, int]:
 
     layout = Layout(
         case.name, case.world_size, case.tp, case.pp, case.vpp, case.sequence_parallel, case.distributed_optimizer,
-        max_tokens=(case.length - 1) * case.per_batch, recompute=case.recompute,
+        max_tokens=(case.length - 1) * case.per_batch, recompute=case.recompute, cp=case.cp,
     )  # fmt: skip
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     found: dict[str, int] = {}
-    with LiveBytes() as meter:
+    with (meter_class or LiveBytes)() as meter:
         actor, shape, parallel = build_actor(folder, layout, dtype=dtype, max_logits_mb=case.max_logits_mb)
         rows = make_rows(case, parallel.dp_rank, shape.vocab_size)
         base = sum(t.untyped_storage().nbytes() for row in rows for t in _tensors(row))
@@ -99,12 +108,13 @@ def _tensors(row: Row) -> list[torch.Tensor]:
     return [row.ids, row.response_mask, row.rollout_log_probs, row.advantages]
 
 
-def predict(folder: str, case: Case, rank: int) -> dict[str, list[tuple[str, int]]]:
+def predict(folder: str, case: Case, rank: int, *, process: bool = False) -> dict[str, list[tuple[str, int]]]:
     """(label, bytes) of the planner's terms by phase."""
     from train_step import RECOMPUTE
 
     from spear_megatron.model.shape import ModelShape
     from spear_megatron.parallel.config import MegatronConfig
+    from spear_megatron.parallel.context import context_positions
     from spear_megatron.plan.layout import Layout
     from spear_megatron.plan.meta import build_rank
     from spear_megatron.plan.rank import RankMemory
@@ -117,6 +127,7 @@ def predict(folder: str, case: Case, rank: int) -> dict[str, list[tuple[str, int
             pipeline_model_parallel_size=case.pp,
             virtual_pipeline_model_parallel_size=case.vpp,
             sequence_parallel=case.sequence_parallel,
+            context_parallel_size=case.cp,
             use_distributed_optimizer=case.distributed_optimizer,
             **RECOMPUTE[case.recompute],
         ),
@@ -124,11 +135,15 @@ def predict(folder: str, case: Case, rank: int) -> dict[str, list[tuple[str, int
     )
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     micro_batches = case.rows // case.per_batch
+    model = build_rank(shape, layout, rank, dtype=dtype, with_buffers=True)
     sampled = case.length - case.length // 4
+    if case.cp > 1:
+        own = context_positions([0, case.length - 1], model.cp_rank, case.cp)
+        sampled = int((own + 1 >= case.length // 4).sum())
     memory = RankMemory(
         shape=shape,
         layout=layout,
-        model=build_rank(shape, layout, rank, dtype=dtype, with_buffers=True),
+        model=model,
         workload=Workload(
             tokens=(case.length - 1) * case.per_batch,
             micro_batches=micro_batches,
@@ -139,6 +154,8 @@ def predict(folder: str, case: Case, rank: int) -> dict[str, list[tuple[str, int
             optimizer="single",
             on_host=True,
             packed=case.per_batch > 1,
+            sequence_tokens=case.length - 1,
         ),
     )
-    return {name: [(term.label, term.nbytes) for term in terms] for name, terms in memory.phases().items()}
+    phases = memory.phases(process=process)
+    return {name: [(term.label, term.nbytes) for term in terms] for name, terms in phases.items()}

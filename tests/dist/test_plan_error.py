@@ -39,6 +39,9 @@ CASES = (
     ("qwen3", Case("TP2, one row to a micro-batch", world_size=2, tp=2, per_batch=1, rows=4)),
     ("qwen3", Case("PP2, bf16", world_size=2, pp=2, bf16=True)),
     ("qwen3", Case("PP2 VPP2", world_size=2, pp=2, vpp=2)),
+    ("qwen3", Case("CP2", world_size=2, cp=2)),
+    ("qwen3", Case("CP2, bf16, longer rows", world_size=2, cp=2, bf16=True, length=513, per_batch=1, rows=2)),
+    ("qwen2", Case("CP2, full recomputation", world_size=2, cp=2, recompute=True)),
     ("qwen2", Case("TP2 SP, bf16", world_size=2, tp=2, sequence_parallel=True, bf16=True)),
     ("qwen2", Case("PP2", world_size=2, pp=2)),
 )

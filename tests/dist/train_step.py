@@ -104,6 +104,7 @@ def build_actor(
     dtype: torch.dtype = torch.float32,
     lr: float = 1e-3,
     correction: Any = None,
+    megatron_fields: dict[str, Any] | None = None,
     **fields: Any,
 ) -> tuple:
     """(actor, shape, parallel) with the weights of ``folder``; ``fields`` are of ActorConfig."""
@@ -125,6 +126,7 @@ def build_actor(
         sequence_parallel=layout.sequence_parallel,
         use_distributed_optimizer=layout.distributed_optimizer,
         **RECOMPUTE[layout.recompute],
+        **(megatron_fields or {}),
     )
     parallel = initialize(layout.tp, layout.pp, cp=layout.cp, vpp=layout.vpp, timeout_s=60)
     optim = OptimConfig(lr=lr, lr_warmup_steps=2, lr_decay_style="cosine", weight_decay=0.1, clip_grad=1.0)
@@ -138,6 +140,7 @@ def build_actor(
             optim,
             dtype=dtype,
             use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_param_gather=megatron.overlap_param_gather,
             total_steps=10,
         )
     actor = Actor(

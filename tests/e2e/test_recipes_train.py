@@ -11,6 +11,7 @@ import pytest
 from harness import run_ranks
 from train_loop import command_on_rank
 
+from spear_megatron.data.grid_tasks import main as write_grid
 from spear_megatron.data.generator import GeneratorConfig, generate_problems
 from spear_megatron.data.sft import cold_start_conversations
 from spear_megatron.data.tiny import make_tiny_model
@@ -102,11 +103,7 @@ def check(name: str, record: list[Any]) -> None:
 
 
 SLOW = pytest.mark.slow
-ON_ONE_RANK = (
-    "qwen2.5_32b_grpo_official", "qwen2.5_32b_drbot_official", "qwen2.5_32b_spear_official", "qwen2.5_7b_spear",
-    "qwen3_32b_spear_official", pytest.param("qwen3_32b_drbot_paper", marks=SLOW),
-    pytest.param("qwen2.5_1.5b_grpo", marks=SLOW),
-)  # fmt: skip
+ON_ONE_RANK = [path.stem for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.endswith("_sft")]
 ON_FOUR_RANKS = ("qwen2.5_32b_spear_paper", pytest.param("qwen2.5_32b_spear_official", marks=SLOW))
 
 
@@ -118,3 +115,36 @@ def test_a_recipe_trains(name: str, agent: Path, data: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ON_FOUR_RANKS)
 def test_a_recipe_trains_as_tensor_and_pipeline_stages(name: str, agent: Path, data: Path, tmp_path: Path) -> None:
     check(name, trained(name, agent, tmp_path, data, tensor=2, pipeline=2))
+
+
+BESIDE = ("quickstart_drbot", "quickstart_grpo", "quickstart_spear_official")
+GRID = ("grid_world", "study_grid_world")
+"""Runs beside the recipes that no other test trains."""
+
+
+def check_other(name: str, agent: Path, folder: Path, *overrides: str) -> None:
+    """Two steps with the file's own lengths and tasks."""
+    arguments = [
+        "train", "--config", str(RECIPES.parent / f"{name}.yaml"), f"actor_rollout_ref.model.path={agent}",
+        f"trainer.default_local_dir={folder}", *MODEL, "data.train_batch_size=4", f"{ACTOR}.ppo_mini_batch_size=2",
+        f"{ROLLOUT}.n=4", f"{ACTOR}.trajectory_buffer_size=8", f"trainer.total_training_steps={STEPS}",
+        "trainer.save_freq=-1", "trainer.test_freq=-1", "trainer.val_before_train=false", "trainer.save_hf=false",
+        "env.sandbox.preload=[]", *overrides, "--debug",
+    ]  # fmt: skip
+    assert run_ranks(command_on_rank, 1, arguments) == [0]
+    record = read_record(folder)
+    assert [line["step"] for line in record] == [1, 2]
+    assert all(line["training/num_trajectories"] == 16 for line in record)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_the_other_runs_train(name: str, agent: Path, tmp_path: Path) -> None:
+    check_other(name, agent, tmp_path)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_the_grid_world_trains(name: str, agent: Path, tmp_path: Path) -> None:
+    # The agent's tokenizer has no words of the grid, so that prompts are longer.
+    write_grid([str(tmp_path / "grid"), "--num", "8", "--num-val", "4", "--history", "1"])
+    files = [f"data.{name}_files={tmp_path / 'grid' / name}.jsonl" for name in ("train", "val")]
+    check_other(name, agent, tmp_path / "run", "data.max_prompt_length=400", *files)

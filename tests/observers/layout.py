@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from observers.actor import built, counted, rows
-from observers.core import Observer, Observers
+from observers.core import Observer, Observers, refused
 
 from spear_megatron.config.schema import Config
 
@@ -49,6 +49,51 @@ def optimizer(config: Config, scratch: Path) -> Any:
         return [type(part).__name__ for part in parts], held
 
 
+def gradients_ready(config: Config, scratch: Path) -> Any:
+    """How many parameters announced their gradient to their bucket in an update."""
+    with built(config) as actor:
+        actor.update(rows())
+        return [len(group.per_param_grad_ready_counts) for chunk in actor.chunks for group in chunk.bucket_groups]
+
+
+def weights_gathered(config: Config, scratch: Path) -> Any:
+    """Whether the weights are gathered when an update returns, bucket by bucket."""
+    with built(config) as actor:
+        actor.update(rows())
+        return [group.param_gather_dispatched for chunk in actor.chunks for group in chunk.bucket_groups]
+
+
+def buckets(config: Config, scratch: Path) -> Any:
+    """Buckets of the gradients."""
+    with built(config) as actor:
+        return [len(group.buckets) for chunk in actor.chunks for group in chunk.bucket_groups]
+
+
+def messages(config: Config, scratch: Path) -> Any:
+    """How the stages of the pipeline talk."""
+    with built(config) as actor:
+        settings = actor.chunks[0].config
+        return settings.overlap_p2p_comm, settings.batch_p2p_comm
+
+
+def fusion(config: Config, scratch: Path) -> Any:
+    """Whether a linear layer of the built model adds to the gradient in its product."""
+    with built(config) as actor:
+        return actor.chunks[0].config.gradient_accumulation_fusion
+
+
+def precision_of_products(config: Config, scratch: Path) -> Any:
+    """What Megatron is told of the layers' products and attention, and the multiple of micro-batches' lengths."""
+    from spear_megatron.model.shape import ModelShape
+    from spear_megatron.model.transformer_config import build_transformer_config
+
+    megatron = config.actor_rollout_ref.actor.megatron
+    shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
+    settings = build_transformer_config(shape, megatron, dtype=config.actor_rollout_ref.model.torch_dtype)
+    return settings.fp8, settings.fp8_recipe, settings.attention_backend.name, megatron.token_multiple
+
+
+_OVERLAP = (f"{_MEGATRON}.overlap_grad_reduce=true",)
 _FULL = (f"{_MEGATRON}.recompute_granularity=full",)
 OBSERVERS: Observers = {
     f"{_MEGATRON}.tensor_model_parallel_size": Observer(parameters, ("1", "2"), ranks=2),
@@ -57,6 +102,18 @@ OBSERVERS: Observers = {
     f"{_MEGATRON}.context_parallel_size": Observer(activations, ("1", "2"), ranks=2),
     f"{_MEGATRON}.sequence_parallel": Observer(activations, ("false", "true"), _TENSOR_2, ranks=2),
     f"{_MEGATRON}.use_distributed_optimizer": Observer(optimizer, ("true", "false"), ranks=2),
+    f"{_MEGATRON}.overlap_grad_reduce": Observer(gradients_ready, ("false", "true")),
+    f"{_MEGATRON}.overlap_param_gather": Observer(weights_gathered, ("false", "true"), _OVERLAP),
+    f"{_MEGATRON}.ddp_bucket_size": Observer(buckets, ("null", "4000"), _OVERLAP),
+    f"{_MEGATRON}.overlap_p2p_comm": Observer(
+        messages, ("false", "true"), (*_PIPELINE_2, f"{_MEGATRON}.virtual_pipeline_model_parallel_size=2"), ranks=2
+    ),
+    f"{_MEGATRON}.gradient_accumulation_fusion": Observer(fusion, ("false", "true")),
+    f"{_MEGATRON}.attention_backend": Observer(precision_of_products, ("auto", "flash")),
+    f"{_MEGATRON}.fp8": Observer(precision_of_products, ("null", "hybrid")),
+    f"{_MEGATRON}.fp8_recipe": Observer(precision_of_products, ("delayed", "mxfp8"), (f"{_MEGATRON}.fp8=hybrid",)),
+    f"{_MEGATRON}.tp_comm_overlap": refused("false", "true"),
+    f"{_MEGATRON}.enable_cuda_graph": refused("false", "true"),
     f"{_MEGATRON}.recompute_granularity": Observer(forward_calls, ("null", "selective")),
     f"{_MEGATRON}.recompute_method": Observer(
         forward_calls, ("uniform", "block"), (*_FULL, f"{_MEGATRON}.recompute_num_layers=1")

@@ -13,10 +13,31 @@ from spear_megatron.config.schema import Config
 def examples(config: Config, scratch: Path) -> Any:
     """Token ids of every conversation to learn."""
     from spear_megatron.cli.agents import load_renderer
-    from spear_megatron.cli.sft import load_examples
+    from spear_megatron.cli.sft import load_corpus
+    from spear_megatron.data.corpus import examples_of
 
-    renderer = load_renderer(config.actor_rollout_ref.model.path)
-    return [example.ids.tolist() for example in load_examples(config, renderer)]
+    corpus = load_corpus(config, load_renderer(config.actor_rollout_ref.model.path))
+    return [example.ids.tolist() for example in examples_of(corpus)]
+
+
+def reader(config: Config, scratch: Path) -> Any:
+    """What reads the conversations, and the first batch."""
+    from spear_megatron.cli.agents import load_renderer
+    from spear_megatron.cli.sft import load_corpus
+    from spear_megatron.data.dali import open_source
+    from spear_megatron.data.data_source import Reading
+
+    corpus = load_corpus(config, load_renderer(config.actor_rollout_ref.model.path))
+    source = open_source(config.sft.data_source, corpus, Reading(batch_size=2, seed=0))
+    return type(source).__name__, source.next_batch().ids.tolist()
+
+
+def checkpoints(config: Config, scratch: Path) -> Any:
+    """Names of the checkpoints that a cold start leaves."""
+    from spear_megatron.cli.sft import as_supervised, fine_tune
+
+    fine_tune(as_supervised(config))
+    return sorted(path.name for path in scratch.rglob("checkpoints/*"))
 
 
 def cold_start(config: Config, scratch: Path) -> Any:
@@ -32,6 +53,8 @@ def cold_start(config: Config, scratch: Path) -> Any:
 
 OBSERVERS: Observers = {
     "sft.train_files": Observer(examples, ("null", "{files}/talks.jsonl")),
+    "sft.data_source": Observer(reader, ("mmap", "dali")),
+    "sft.save_freq": Observer(checkpoints, ("2", "-1")),
     "sft.num_examples": Observer(examples, ("8", "5")),
     "sft.error_rate": Observer(examples, ("0.0", "1.0")),
     "sft.tool_rate": Observer(examples, ("1.0", "0.5")),

@@ -110,3 +110,13 @@ def sglang_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         yield url
     finally:
         stop_server(process)
+
+
+@pytest.fixture()
+def fresh_server(sglang_server: str, tiny_folder: Path) -> str:
+    """The server as it was started, whatever other tests did to its weights and their label."""
+    client = ControlClient(sglang_server)
+    client.update_from_disk(str(tiny_folder), "default", flush=False)
+    client.flush_cache()
+    client.close()
+    return sglang_server

@@ -28,18 +28,18 @@ def evaluate(folder: Path, out: Path, *engine: str) -> list[dict[str, Any]]:
 
 
 def test_a_greedy_evaluation_with_a_server_is_that_of_the_embedded_engine(
-    sglang_server: str, tiny_folder: Path, tmp_path: Path
+    fresh_server: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     key = "actor_rollout_ref.rollout"
     known = evaluate(tiny_folder, tmp_path / "embedded")
     found = evaluate(
-        tiny_folder, tmp_path / "sglang", f"{key}.name=sglang", f"{key}.sglang.servers=[{sglang_server}]"
+        tiny_folder, tmp_path / "sglang", f"{key}.name=sglang", f"{key}.sglang.servers=[{fresh_server}]"
     )
     assert len(found) == 6
     for one, other in zip(found, known, strict=True):
         assert one["error"] is None and one["id"] == other["id"] and one["stop_reason"] == other["stop_reason"]
         assert [part["ids"] for part in one["segments"]] == [part["ids"] for part in other["segments"]]
-        assert {version for part in one["segments"] for version in part["policy_versions"]} == {-1, 0}
+        assert all(part["policy_versions"] is None for part in one["segments"])  # nobody numbered the weights
 
 
 def test_the_benchmark_runs(

@@ -193,6 +193,21 @@ def test_impossible_machines_and_engines_are_refused() -> None:
         EnginePlan(max_num_seqs=0)
 
 
-def test_context_parallelism_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="context_parallel_size=2 is not planned"):
-        Layout(megatron=MegatronConfig(context_parallel_size=2), world_size=4)
+def test_context_parallelism_divides_activations_and_shards_the_optimizer_further() -> None:
+    plain, cut = layout(8, 2, 8), layout(8, 2, 8, context_parallel_size=2)
+    assert (cut.dp, cut.cp, cut.shards) == (4, 2, 8) and cut.describe() == "TP8 PP2 CP2 DP4 SP"
+    for rank in range(0, cut.world_size, 37):
+        tp_rank, cp_rank, dp_rank, pp_rank = cut.coordinates(rank)
+        assert cut.rank_of(tp_rank=tp_rank, cp_rank=cp_rank, dp_rank=dp_rank, pp_rank=pp_rank) == rank
+    engine = replace(RUN, spec="transformer_engine")
+    whole, half = (assess(engine, where, MACHINE).kinds["leader"]["update"] for where in (plain, cut))
+    bytes_of = [{term.label: term.nbytes for term in terms} for terms in (whole, half)]
+    assert bytes_of[1]["activations"] == pytest.approx(bytes_of[0]["activations"] / 2, rel=1e-3)
+    assert bytes_of[1]["optimizer state"] == bytes_of[0]["optimizer state"]
+    # The plain layers gather keys and values of all ranks, and hide later ones by masks.
+    gathered = assess(RUN, cut, MACHINE).kinds["leader"]["update"]
+    assert total(gathered) > 1.5 * total(half)
+    cuts = {item.cp for item in layouts(QWEN3_32B, 128, 8, RUN.max_tokens)}
+    assert cuts == {1, 2, 4, 8} and {item.cp for item in layouts(QWEN3_32B, 128, 8)} == {1}
+    with pytest.raises(ValueError, match="context_parallel_size=2"):
+        Layout(megatron=MegatronConfig(context_parallel_size=2), world_size=3)

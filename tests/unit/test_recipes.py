@@ -19,7 +19,10 @@ from spear_megatron.config.spear_translate import overrides_of, translate
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {path.stem: path for path in sorted((CONFIGS / "recipes").glob("*.yaml"))}
 # Runs of their own beside the recipes; the other files there hold parts of them, or arms of the study.
-OTHERS = ("quickstart", "quickstart_drbot", "quickstart_grpo", "quickstart_spear_official", "grid_world")
+OTHERS = (
+    "quickstart", "quickstart_drbot", "quickstart_grpo", "quickstart_spear_official", "grid_world", "study_grid_world",
+    "study_tool_math",
+)  # fmt: skip
 GPUS_PER_NODE = 8
 PAGE = (CONFIGS.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
 ACTOR, ROLLOUT, LOSS = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.actor.policy_loss"
@@ -73,6 +76,17 @@ def test_a_recipe_passes_a_dry_run_on_its_gpus(
     tensor, pipeline, data = layouts.get(model, (8, 2, world_size // 16))
     assert f"{world_size} ranks = tensor {tensor} x pipeline {pipeline} x data {data}" in shown.out
     assert "warning" not in shown.err
+    if not supervised:
+        engine = ["--engine-tp", "4" if world_size == 128 else "1"]
+        sizes = ["--nodes", str(world_size // GPUS_PER_NODE), "--top", "0", *engine]
+        assert main(["plan", "--config", str(RECIPES[name]), *sizes, f"actor_rollout_ref.model.path={tmp_path}"]) == 0
+
+
+def test_the_example_of_the_planner_passes_a_dry_run_and_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = CONFIGS / "qwen3_32b.yaml"
+    dry_run("train", path, SHAPES["qwen3_32b"], 128, tmp_path, monkeypatch)
+    sizes = ["--nodes", "16", "--top", "0"]
+    assert main(["plan", "--config", str(path), *sizes, f"actor_rollout_ref.model.path={tmp_path}"]) == 0
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -55,6 +55,7 @@ def test_payload_says_everything_that_shapes_the_distribution() -> None:
     assert payload["sampling_params"] == {
         "max_new_tokens": 16, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "stop_token_ids": [2, 3], "min_p": 0.0,
         "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0, "n": 1,
+        "sampling_seed": 99,
     }  # fmt: skip
     json.dumps(payload)
 

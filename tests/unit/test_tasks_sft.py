@@ -11,7 +11,6 @@ from scripted import tiny_renderer
 from spear_megatron.data.generator import LEVELS, GeneratorConfig, generate_problems
 from spear_megatron.data.sft import (
     Conversation,
-    SftSource,
     cold_start_conversations,
     encode_conversations,
     load_conversations,
@@ -116,18 +115,6 @@ def test_examples_learn_the_call_and_the_answer_only() -> None:
         code = json.dumps(conversation.messages[1]["tool_calls"][0]["function"]["arguments"]["code"])
         call = f'<tool_call>\n{{"name": "code_interpreter", "arguments": {{"code": {code}}}}}\n</tool_call><|im_end|>'
         assert learned == call + conversation.messages[3]["content"] + "<|im_end|>"
-
-
-def test_source_resumes() -> None:
-    conversations = cold_start_conversations(CONFIG, count=9, error_rate=0.0, seed=0)
-    examples = encode_conversations(conversations, tiny_renderer(), max_length=200)
-    source = SftSource(examples, seed=1)
-    source.take(13)
-    state = source.state_dict()
-    expected = [id(example) for example in source.take(7)]
-    resumed = SftSource(examples, seed=1)
-    resumed.load_state_dict(state)
-    assert [id(example) for example in resumed.take(7)] == expected
 
 
 def test_files_of_messages(tmp_path: Path) -> None:

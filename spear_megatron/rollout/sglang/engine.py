@@ -45,7 +45,8 @@ class SGLangEngine:
 
     A request ends as the embedded engine's does: at its own stop tokens or its own limit, never at an end token of the
     server's. Its tokens are those of one complete answer; an attempt that was lost is aborted and counts for nothing.
-    Unlike the embedded engine, sampling does not depend on ``noise_key``: equal requests may give other tokens.
+    Unlike with the embedded engine, equal requests may give other tokens: only servers in deterministic mode sample by
+    ``noise_key``.
 
     All asynchronous calls come from one loop; ``update_weights`` comes between runs of that loop.
 

@@ -67,7 +67,11 @@ def make_rid(client: str, session: str, number: int) -> str:
 
 
 def generate_payload(request: GenerateRequest, rid: str) -> dict[str, Any]:
-    """Body of /generate for a checked request. ``noise_key`` has no counterpart there and is not sent."""
+    """Body of /generate for a checked request.
+
+    ``noise_key`` is sent as the seed, 63 bits of it. Only servers in deterministic mode use it, together with the
+    position of the token; without one they would give all samples of a prompt the same tokens.
+    """
     sampling = request.sampling
     params: dict[str, Any] = {
         **_NEUTRAL,
@@ -75,6 +79,7 @@ def generate_payload(request: GenerateRequest, rid: str) -> dict[str, Any]:
         "temperature": float(sampling.temperature),
         "top_p": float(sampling.top_p),
         "top_k": sampling.top_k,
+        "sampling_seed": request.noise_key % 2**63,
     }
     # ignore_eos switches stop_token_ids off too, hence only where there are none.
     if sampling.stop_token_ids:

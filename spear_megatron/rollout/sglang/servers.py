@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spear_megatron.model.fingerprint import same_model
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.rollout.sglang.client import ServerClient
-from spear_megatron.rollout.sglang.control import FIRST_VERSION, parse_version
+from spear_megatron.rollout.sglang.config import SGLangConfig
+from spear_megatron.rollout.sglang.control import FIRST_VERSION, ControlClient, parse_version
 
 RESERVED_TOKENS = 6  # a server refuses prompts and ends requests up to this close to the end of its context or cache
 
@@ -47,6 +49,43 @@ def check_model(url: str, folder: str, shape: ModelShape) -> None:
     """
     if (Path(folder) / "config.json").is_file() and (other := ModelShape.from_folder(folder)) != shape:
         raise ValueError(f"{url} has the model {folder}, which differs from this one: {_difference(other, shape)}")
+
+
+_UNCHANGED = "default"
+
+
+def serve_already(
+    urls: Sequence[str], folder: str | Path, settings: SGLangConfig, served_model: str | None = None
+) -> bool:
+    """Whether every server holds the weights of ``folder`` as it was started, so that none need be sent.
+
+    A server does if nobody updated it (its weights carry the label "default") and it says that it was started with the
+    folder: the same one, one with the same files, or, where it cannot be read here, one of the same path. A router
+    passes these questions on to one of its servers.
+
+    Args:
+        served_model: what the servers are said to have been started with, in place of ``folder``.
+
+    Raises:
+        ValueError: a server has another model than ``served_model``, or was updated since.
+        EngineError: a server did not answer.
+    """
+    answers = []
+    for url in urls:
+        control = ControlClient(url, timeout_s=settings.control_timeout_s)
+        try:
+            info = control.server_info()
+        finally:
+            control.close()
+        unchanged = info.weight_version == _UNCHANGED
+        if served_model is not None and (info.model_path != served_model or not unchanged):
+            raise ValueError(
+                f"{url} has the model {info.model_path} with weights {info.weight_version!r}, not {served_model} as it "
+                "was started: check --server and --served-model"
+            )
+        known = served_model is not None or info.model_path == str(folder) or same_model(info.model_path, folder)
+        answers.append(unchanged and known)
+    return all(answers)
 
 
 async def _context_length(client: ServerClient, server: Mapping[str, Any]) -> int | None:
