@@ -5,8 +5,8 @@
 
 Both ways train the same number of steps on as many trajectories, from the same weights. Runs alternate, first one way
 and then the other in front; the steps of all runs but each run's first, which nothing can hide, are compared by their
-median. Without ``--latency-s`` the environment's latency is chosen so that rollouts take about as long as the rest of a
-step, where running ahead can save the most. Prints steps per second, their ratio and the mean reward by step.
+median. Without ``--latency-s`` the environment's latency is chosen so that rollouts take about as long as a step that
+runs ahead of them, where running ahead can save the most. Prints steps per second, their ratio and the mean reward by step.
 """
 
 from __future__ import annotations
@@ -99,11 +99,14 @@ def train(model: str, run_dir: Path, args: argparse.Namespace, latency_s: float,
     return [dict(line) for line in read_record(run_dir)]
 
 
-def balanced_latency(record: list[dict[str, float]], turns: int) -> float:
-    """Latency of an environment step with which the rollouts of a step take as long as all else in it."""
-    rest = statistics.median(line["timing_s/step"] - line["timing_s/gen"] for line in record[1:])
-    sampling = statistics.median(line["timing_s/gen"] for line in record[1:])
-    return max(rest - sampling, 0.02) / turns
+def balanced_latency(in_turn: list[dict[str, float]], ahead: list[dict[str, float]], turns: int) -> float:
+    """Latency of an environment step with which rollouts take as long as a step that runs ahead of them.
+
+    From runs without latency: how long rollouts take in turn, and a step while the next rollouts compete for the cores.
+    """
+    sampling = statistics.median(line["timing_s/gen"] for line in in_turn[1:])
+    step = statistics.median(line["timing_s/step"] for line in ahead[1:])
+    return max(step - sampling, 0.02) / turns
 
 
 def note(way: Way, record: list[dict[str, float]]) -> None:
@@ -119,7 +122,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = make_model(folder)
     latency_s = args.latency_s
     if latency_s is None:
-        latency_s = balanced_latency(train(model, folder / "calibration", args, 0.0, False), args.turns)
+        records = [train(model, folder / f"calibration_{ahead:d}", args, 0.0, ahead) for ahead in (False, True)]
+        latency_s = balanced_latency(*records, args.turns)
     ways = {IN_TURN: Way(), AHEAD: Way()}
     for number in range(args.rounds):
         for name in (IN_TURN, AHEAD) if number % 2 == 0 else (AHEAD, IN_TURN):
