@@ -2,9 +2,10 @@
 
     python tools/bench_policy_loss.py --tokens 65536 1048576 --json outputs/bench/policy_loss.json
 
-Every contender is called once per round, so that a disturbance hits all of them alike. The ratios are medians over the
+Every contender is called once per round, in turning order, so that a disturbance hits all of them alike. The ratios are medians over the
 rounds of (contender / kernels) within one round. All tokens are sampled ones of one micro-batch, the scope of the
-official formulation. Run it on an otherwise idle machine.
+official formulation. "Compiled calls alone" leaves out what autograd and Python add to them: checks, objects, the backward
+pass that hands on a gradient which the forward pass computed. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from bench_common import keep_freed_memory, write_report  # noqa: E402
 
 KERNELS = "kernels"
+CALLS = "compiled calls alone"
 RATIO, LB, UB, CLIP_LOW, CLIP_HIGH = 0.02, 1.0, 40.0, 0.2, 0.28
 ROW_TOKENS = 4096
 
@@ -130,12 +132,28 @@ def ours(implementation: str, draw_keys: bool) -> Callable[[Any, Inputs], Any]:
     return function
 
 
+def compiled_calls(log_probs: Any, inputs: Inputs) -> Any:
+    """What the two kernels do, gradient included, without autograd around them."""
+    import torch
+
+    from spear_megatron.kernels.cov_select import CovJudge, cov_selected
+    from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens, loss_and_gradient
+
+    judge = CovJudge(0.0, 0.0, LB, UB, CLIP_LOW, CLIP_HIGH)
+    with torch.no_grad():
+        columns = (log_probs, inputs.old_log_probs, inputs.advantages, inputs.keys)
+        selected = cov_selected(columns, [len(log_probs)], RATIO, judge).mask
+        tokens = PolicyTokens(*columns[:3], inputs.weight, selected, None)
+        return loss_and_gradient(tokens, PolicySettings("clip_cov", CLIP_LOW, CLIP_HIGH, 3.0, 1.0))
+
+
 def contenders(compile_too: bool) -> dict[str, Callable[[Any, Inputs], Any]]:
     """Name -> function of (log-probs, inputs) whose first result is the loss."""
     import torch
 
     found: dict[str, Callable[[Any, Inputs], Any]] = {
         KERNELS: ours("compiled", draw_keys=False),
+        CALLS: compiled_calls,
         "kernels, keys included": ours("compiled", draw_keys=True),
         "eager implementation": ours("eager", draw_keys=False),
         "official formulation": official_clip_cov,
@@ -152,7 +170,9 @@ def time_call(function: Callable[[Any, Inputs], Any], inputs: Inputs) -> float:
 
     log_probs = inputs.log_probs.clone().requires_grad_()
     started = time.perf_counter()
-    torch.autograd.grad(function(log_probs, inputs)[0], log_probs)
+    result = function(log_probs, inputs)[0]
+    if result.requires_grad:
+        torch.autograd.grad(result, log_probs)
     return time.perf_counter() - started
 
 
@@ -161,29 +181,38 @@ def measure(tokens: int, rounds: int, compile_too: bool) -> dict[str, Any]:
     inputs = make_inputs(tokens)
     functions = contenders(compile_too)
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
     for round_index in range(-2, rounds):  # the first two rounds warm up
-        for name, function in functions.items():
-            seconds = time_call(function, inputs)
+        first = round_index % len(names)  # who comes after whom changes: caches are as the one before left them
+        for name in names[first:] + names[:first]:
+            seconds = time_call(functions[name], inputs)
             if round_index >= 0:
                 samples[name].append(seconds)
     return {
         "tokens": tokens,
         "median_ms": {name: 1e3 * statistics.median(values) for name, values in samples.items()},
-        "ratio": {
-            name: statistics.median(a / b for a, b in zip(values, samples[KERNELS], strict=True))
-            for name, values in samples.items()
-        },
+        "ratio": _ratios(samples, KERNELS),
+        "ratio_to_calls": _ratios(samples, CALLS),
         "samples_ms": {name: [1e3 * value for value in values] for name, values in samples.items()},
+    }
+
+
+def _ratios(samples: dict[str, list[float]], base: str) -> dict[str, float]:
+    """Medians of the ratios within a round."""
+    return {
+        name: statistics.median(a / b for a, b in zip(values, samples[base], strict=True))
+        for name, values in samples.items()
     }
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
     """One line per size and contender, as a Markdown table."""
-    print("| tokens | contender | median ms | time / kernels |")
-    print("|---|---|---|---|")
+    print("| tokens | contender | median ms | time / kernels | time / compiled calls |")
+    print("|---|---|---|---|---|")
     for result in results:
         for name, milliseconds in result["median_ms"].items():
-            print(f"| {result['tokens']} | {name} | {milliseconds:.3f} | {result['ratio'][name]:.2f} |")
+            ratios = f"{result['ratio'][name]:.2f} | {result['ratio_to_calls'][name]:.2f}"
+            print(f"| {result['tokens']} | {name} | {milliseconds:.3f} | {ratios} |")
 
 
 def main() -> None:
