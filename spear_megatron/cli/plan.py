@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``plan`` to ``parser``."""
     add_config_arguments(parser, dry_run=False)
+    parser.add_argument(
+        "--stage", choices=("train", "sft"), default="train", help="which command of the configuration to plan"
+    )
     parser.add_argument("--nodes", type=int, default=1, help="nodes of the trainer (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default: 8")
     parser.add_argument("--gpu-memory-gb", type=float, default=80.0, help="GiB of one GPU (default: 80)")
@@ -67,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> tuple[Assessment, Machine, Proposals | None]:
     from spear_megatron.cli.planning import planned_run
+    from spear_megatron.cli.sft import as_supervised
     from spear_megatron.config.checks import check_config
     from spear_megatron.model.shape import ModelShape
     from spear_megatron.plan.assess import assess
@@ -88,10 +92,12 @@ def _plan(args: argparse.Namespace) -> tuple[Assessment, Machine, Proposals | No
         peak_flops=args.peak_tflops * 1e12,
         compute_efficiency=args.compute_efficiency,
     )
+    supervised = args.stage == "sft"
+    config = as_supervised(config) if supervised else config
     engine = EnginePlan(
-        kind=args.engine,
+        kind="none" if supervised else args.engine,
         tp=args.engine_tp,
-        nodes=args.engine_nodes,
+        nodes=0 if supervised else args.engine_nodes,
         sleeps=not args.engine_keeps_memory,
         max_num_seqs=config.actor_rollout_ref.rollout.max_num_seqs,
     )
@@ -103,6 +109,7 @@ def _plan(args: argparse.Namespace) -> tuple[Assessment, Machine, Proposals | No
         transformer_engine=args.layers == "transformer_engine",
         mean_tokens=args.mean_tokens,
         sampled_share=args.sampled_share,
+        supervised=supervised,
     )
     layout = Layout(megatron=config.actor_rollout_ref.actor.megatron, world_size=machine.num_gpus)
     found = assess(planned, layout, machine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spear_megatron.cli.build import reads_old_log_probs
 from spear_megatron.config.checks_replay import most_stored
@@ -32,6 +32,7 @@ def planned_run(
     mean_tokens: int | None = None,
     sampled_share: float = 0.7,
     on_host: bool = False,
+    supervised: bool = False,
 ) -> PlannedRun:
     """What the planner needs to know of a configuration.
 
@@ -40,11 +41,32 @@ def planned_run(
         mean_tokens: of a trajectory with its prompt; None takes half of the longest.
         sampled_share: of a trajectory's tokens.
         on_host: the ranks compute on the CPU.
+        supervised: the run of ``sft``, which has no rollouts, no engine and no replay.
     """
     data, ref = config.data, config.actor_rollout_ref
     actor, rollout = ref.actor, ref.rollout
     longest = data.max_prompt_length + data.max_response_length
     mean = max(1, longest // 2) if mean_tokens is None else mean_tokens
+    common: dict[str, Any] = {
+        "shape": shape,
+        "engine": engine,
+        "mean_tokens": mean,
+        "max_tokens": longest,
+        "sampled_share": sampled_share,
+        "micro_batch_tokens": actor.ppo_max_token_len_per_gpu,
+        "max_logits_bytes": actor.max_logits_mb << 20,
+        "dtype": ref.model.torch_dtype,
+        "spec": "transformer_engine" if transformer_engine else "plain",
+        "optimizer": "single" if on_host else "fused" if transformer_engine else "foreach",
+        "eager_head": actor.kernels == "eager",
+        "on_host": on_host,
+    }
+    if supervised:
+        size = config.sft.train_batch_size
+        return PlannedRun(
+            prompts=size, samples=1, mini_batch_prompts=size, epochs=1, old_log_prob=False,
+            save_freq=max(config.sft.save_freq, 0), **common,
+        )  # fmt: skip
     trajectories = data.train_batch_size * rollout.n
     replayed = replay_bytes = 0
     if actor.enable_trajectory_replay:
@@ -52,29 +74,17 @@ def planned_run(
         stored = most_stored(config) * (mean * BYTES_PER_TOKEN + BYTES_PER_RECORD)
         replay_bytes = min(stored, int(actor.replay.max_gib * GIB))
     updates = -(-data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
-    optimizer = "single" if on_host else "fused" if transformer_engine else "foreach"
     return PlannedRun(
-        shape=shape,
-        engine=engine,
         prompts=data.train_batch_size,
         samples=rollout.n,
         mini_batch_prompts=actor.ppo_mini_batch_size,
         epochs=actor.ppo_epochs,
-        mean_tokens=mean,
-        max_tokens=longest,
-        sampled_share=sampled_share,
-        micro_batch_tokens=actor.ppo_max_token_len_per_gpu,
-        max_logits_bytes=actor.max_logits_mb << 20,
-        dtype=ref.model.torch_dtype,
-        spec="transformer_engine" if transformer_engine else "plain",
-        optimizer=optimizer,  # type: ignore[arg-type]  # one of its three literals
-        eager_head=actor.kernels == "eager",
-        on_host=on_host,
         old_log_prob=actor.old_log_prob == "trainer" and (updates > 1 or reads_old_log_probs(config)),
         reference=actor.use_kl_loss or config.algorithm.use_kl_in_reward,
         replayed=replayed,
         replay_bytes=replay_bytes,
         save_freq=max(config.trainer.save_freq, 0),
+        **common,
     )
 
 

@@ -135,7 +135,7 @@ def assess(run: PlannedRun, layout: Layout, machine: Machine) -> Assessment:
             shape=run.shape, layout=layout, model=model_of(run, layout, rank), workload=run.workload(layout)
         )
         kinds[name] = _with_surroundings(memory, run, machine)
-    if run.engine.kind != "embedded":
+    if run.engine.on_gpus:
         if run.engine.kind == "separate":
             kinds["engine"] = {"rollout": _engine_alone(run, machine)}
         caches = [
@@ -162,6 +162,8 @@ def _with_surroundings(memory: RankMemory, run: PlannedRun, machine: Machine) ->
     reserve = Reserve(0 if run.on_host else machine.reserve_bytes, machine.fragmentation, churn)
     steady = replace(reserve, activations=0)
     found = {name: [*terms, reserve if name == "update" else steady] for name, terms in phases.items()}
+    if run.engine.kind == "none":
+        del found["rollout"], found["publish"]
     if run.engine.kind == "colocated":
         weights = EngineWeights(run.shape, run.engine.tp)
         found["publish"].append(weights)
@@ -205,7 +207,7 @@ def _shortages(
                 if needed > machine.gpu_bytes:
                     largest = _to_blame(terms)
                     yield Shortage(kind, phase, needed, machine.gpu_bytes, largest.label, largest.nbytes)
-        if run.engine.kind != "embedded" and cache_tokens < run.max_tokens:
+        if run.engine.on_gpus and cache_tokens < run.max_tokens:
             wanted = KVCache(run.shape, run.engine.tp, run.max_tokens).nbytes
             have = KVCache(run.shape, run.engine.tp, cache_tokens).nbytes
             yield Shortage("engine cache for one longest request", "rollout", wanted, have, "KV cache", wanted)

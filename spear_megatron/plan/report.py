@@ -108,9 +108,10 @@ def time_lines(found: Assessment) -> list[str]:
 def assumption_lines(found: Assessment, machine: Machine) -> list[str]:
     """What the plan takes for granted."""
     run = found.run
+    unit = "conversations" if run.engine.kind == "none" else "trajectories"
     lines = [
-        f"{run.trajectories} trajectories of {run.mean_tokens} tokens on average (longest {run.max_tokens}), "
-        f"{run.sampled_share:.0%} of them sampled, {run.replayed} replayed, {run.optimizer_steps} optimizer steps",
+        f"{run.trajectories} {unit} of {run.mean_tokens} tokens on average (longest {run.max_tokens}), "
+        f"{run.sampled_share:.0%} of them trained on, {run.replayed} replayed, {run.optimizer_steps} optimizer steps",
         f"{machine.peak_flops / 1e12:.0f} TFLOP/s per GPU at {machine.compute_efficiency:.0%}; decoding at "
         f"{machine.decode_efficiency:.0%} of {machine.memory_bandwidth / 1e12:.2f} TB/s; links at "
         f"{machine.link_efficiency:.0%} of {machine.nvlink_bandwidth / 1e9:.0f} GB/s within a node and "
@@ -118,7 +119,7 @@ def assumption_lines(found: Assessment, machine: Machine) -> list[str]:
         f"reserve {machine.reserve_bytes / GIB:.0f} GiB per GPU and {machine.fragmentation:.0%} of the activations; "
         f"layers: {run.spec.replace('_', ' ')}; Adam: {run.optimizer}",
     ]
-    if run.engine.kind != "embedded":
+    if run.engine.on_gpus:
         lines.append(
             f"engines: {run.engine.kind}, {run.engine.tp} GPUs each, cache for {found.cache_tokens:,} tokens per engine"
         )

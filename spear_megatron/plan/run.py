@@ -13,7 +13,7 @@ from spear_megatron.plan.activations import Spec
 from spear_megatron.plan.layout import Layout
 from spear_megatron.plan.workload import OptimizerKind, Workload
 
-EngineKind = Literal["embedded", "colocated", "separate"]
+EngineKind = Literal["embedded", "colocated", "separate", "none"]
 PACKING = 0.9  # share of a micro-batch's tokens that belong to rows
 
 
@@ -23,7 +23,7 @@ class EnginePlan:
 
     Attributes:
         kind: ``embedded`` in the trainer's process on the host, ``colocated`` on the trainer's GPUs, ``separate`` on
-            nodes of their own.
+            nodes of their own, ``none`` where nothing is generated (supervised training).
         tp: GPUs of one engine. nodes: of separate engines.
         sleeps: colocated engines give their memory back while the trainer computes.
         max_num_seqs: requests that one engine computes together.
@@ -36,14 +36,19 @@ class EnginePlan:
     max_num_seqs: int = 64
 
     def __post_init__(self) -> None:
-        if self.kind not in ("embedded", "colocated", "separate"):
-            raise ValueError(f"engine must be embedded, colocated or separate, got {self.kind!r}")
+        if self.kind not in ("embedded", "colocated", "separate", "none"):
+            raise ValueError(f"engine must be embedded, colocated, separate or none, got {self.kind!r}")
         if self.tp < 1 or self.max_num_seqs < 1:
             raise ValueError(f"engine_tp={self.tp} and max_num_seqs={self.max_num_seqs} must be at least 1")
         if (self.kind == "separate") != (self.nodes > 0):
             raise ValueError(
                 f"engine_nodes={self.nodes} with engine={self.kind}: separate engines need nodes, others have none"
             )
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether engines hold weights and a cache on GPUs."""
+        return self.kind in ("colocated", "separate")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,12 +60,13 @@ def estimate(run: PlannedRun, layout: Layout, machine: Machine, cache_tokens: in
     update, bubble, tensor_parallel, model_flops = _update(run, layout, machine)
     data_parallel = _data_parallel(run, layout, machine)
     total = update + data_parallel
+    generates = run.engine.kind != "none"
     return StepTime(
-        rollout=rollout_seconds(run, layout, machine, cache_tokens),
+        rollout=rollout_seconds(run, layout, machine, cache_tokens) if generates else 0.0,
         old_log_prob=pass_s * run.old_log_prob,
         ref=pass_s * run.reference,
         update=total,
-        publish=run.shape.num_parameters() * run.dtype.itemsize / machine.publish_bandwidth,
+        publish=generates * run.shape.num_parameters() * run.dtype.itemsize / machine.publish_bandwidth,
         save=_save(run, layout, machine),
         bubble=bubble,
         tensor_parallel=tensor_parallel,

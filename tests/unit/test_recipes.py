@@ -76,10 +76,10 @@ def test_a_recipe_passes_a_dry_run_on_its_gpus(
     tensor, pipeline, data = layouts.get(model, (8, 2, world_size // 16))
     assert f"{world_size} ranks = tensor {tensor} x pipeline {pipeline} x data {data}" in shown.out
     assert "warning" not in shown.err
-    if not supervised:
-        engine = ["--engine-tp", "4" if world_size == 128 else "1"]
-        sizes = ["--nodes", str(world_size // GPUS_PER_NODE), "--top", "0", *engine]
-        assert main(["plan", "--config", str(RECIPES[name]), *sizes, f"actor_rollout_ref.model.path={tmp_path}"]) == 0
+    kind = ["--stage", "sft"] if supervised else ["--engine-tp", "4" if world_size == 128 else "1"]
+    sizes = ["--nodes", str(world_size // GPUS_PER_NODE), "--top", "0", *kind]
+    assert main(["plan", "--config", str(RECIPES[name]), *sizes, f"actor_rollout_ref.model.path={tmp_path}"]) == 0
+    assert ("publish" in capsys.readouterr().out) == (not supervised)
 
 
 def test_the_example_of_the_planner_passes_a_dry_run_and_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
