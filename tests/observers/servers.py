@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,8 +89,12 @@ def kind(config: Config, scratch: Path) -> Any:
     launch = config.actor_rollout_ref.rollout.sglang.launch
     with open_parallel(config) as parallel:
         spec = server_spec(config, parallel, ModelShape.from_folder(config.actor_rollout_ref.model.path), 128)
-    launches = start._launches(launch, spec, scratch, Placement(0, (0,), ((),)))
-    return [type(item).__name__ for item in launches]
+    try:
+        launches = start._launches(launch, spec, scratch, Placement(0, (0,), ((),)))
+        return [type(item).__name__ for item in launches]
+    finally:
+        if "ray" in sys.modules:  # the cluster that this asked for would stay as long as the process
+            sys.modules["ray"].shutdown()
 
 
 def logs(servers: Any, scratch: Path) -> Any:
