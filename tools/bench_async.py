@@ -6,7 +6,8 @@
 Both ways train the same number of steps on as many trajectories, from the same weights. Runs alternate, first one way
 and then the other in front; the steps of all runs but each run's first, which nothing can hide, are compared by their
 median. Without ``--latency-s`` the environment's latency is chosen so that rollouts take about as long as a step that
-runs ahead of them, where running ahead can save the most. Prints steps per second, their ratio and the mean reward by step.
+runs ahead of them, where running ahead can save the most. Prints steps per second, their ratio and the mean reward by
+step.
 """
 
 from __future__ import annotations

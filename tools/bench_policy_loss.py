@@ -2,10 +2,11 @@
 
     python tools/bench_policy_loss.py --tokens 65536 1048576 --json outputs/bench/policy_loss.json
 
-Every contender is called once per round, in turning order, so that a disturbance hits all of them alike. The ratios are medians over the
-rounds of (contender / kernels) within one round. All tokens are sampled ones of one micro-batch, the scope of the
-official formulation. "Compiled calls alone" leaves out what autograd and Python add to them: checks, objects, the backward
-pass that hands on a gradient which the forward pass computed. Run it on an otherwise idle machine.
+Every contender is called once per round, in turning order, so that a disturbance hits all of them alike. The ratios are
+medians over the rounds of (contender / kernels) within one round. All tokens are sampled ones of one micro-batch, the
+scope of the official formulation. "Compiled calls alone" leaves out what autograd and Python add to them: checks,
+objects, the backward pass that hands on a gradient which the forward pass computed. Run it on an otherwise idle
+machine.
 """
 
 from __future__ import annotations

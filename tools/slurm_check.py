@@ -11,9 +11,11 @@ left one log folder per attempt. Needs root and the packages slurmctld, slurmd, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -112,6 +114,20 @@ class Cluster:
         return dict(word.partition("=")[::2] for word in words)
 
 
+def free_ports(count: int) -> int:
+    """The first of ``count`` ports in a row that nobody listens at.
+
+    Raises:
+        OSError: there are none between 17500 and 18500.
+    """
+    for first in range(17500, 18500, count):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("", port))
+            return first
+    raise OSError(f"no {count} free ports in a row between 17500 and 18500: give --port")
+
+
 def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
     """Wait.
 
@@ -182,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scripts", nargs="*", default=["colocated", "disaggregated"], help="which to check")
     parser.add_argument("--work", type=Path, default=Path("outputs/slurm_check"), help="folder, replaced")
-    parser.add_argument("--port", type=int, default=17500, help="first of three ports for SLURM")
+    parser.add_argument("--port", type=int, help="first of three ports for SLURM (default: free ones)")
     args = parser.parse_args(argv)
     missing = [name for name in ("munge", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
     if missing or os.geteuid():
@@ -192,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shutil.rmtree(work, ignore_errors=True)
     from spear_megatron.data.tiny import make_tiny_model
 
-    with Cluster(work, args.port) as cluster:
+    with Cluster(work, args.port or free_ports(1 + len(NODES))) as cluster:
         model = make_tiny_model(work / "model", seed=0)
         for script in args.scripts:
             print(json.dumps(check(cluster, script, work, model)), flush=True)

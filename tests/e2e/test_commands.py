@@ -108,9 +108,14 @@ def test_evaluate_reads_a_dataset(run_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_convert_both_ways_is_bit_exact(run_dir: Path, tmp_path: Path) -> None:
     run("convert", "mcore-to-hf", "--mcore", run_dir, "--out", tmp_path / "hf")
+    sums = json.loads((tmp_path / "hf" / "model.checksums.json").read_text())["tensors"]
+    assert set(tensors(tmp_path / "hf")) == set(sums)
+    (tmp_path / "hf" / "model.checksums.json").rename(tmp_path / "checksums.json")  # an export has none
     assert_same_model(tmp_path / "hf", run_dir / "hf")
     run("convert", "hf-to-mcore", "--hf", tmp_path / "hf", "--out", tmp_path / "mcore", "--tp", "2")
     run("convert", "mcore-to-hf", "--mcore", tmp_path / "mcore", "--out", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model.checksums.json").read_text())["tensors"] == sums
+    (tmp_path / "again" / "model.checksums.json").unlink()
     assert_same_model(tmp_path / "again", tmp_path / "hf")
 
 

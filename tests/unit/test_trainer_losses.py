@@ -141,7 +141,7 @@ def test_the_configuration_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch, 
     config = ActorConfig(
         kernels=kernels, policy_loss=PolicyLossConfig(loss_mode="clip_cov", cov_scope=scope, clip_cov_lb=0.0)
     )
-    parallel: Any = SimpleNamespace(is_leader=True)
+    parallel: Any = SimpleNamespace(is_leader=True, dp_size=1)
     builder = objective.ObjectiveBuilder(
         config=config, correction=RolloutCorrectionConfig(), parallel=parallel, seed=1, max_response_length=64,
         mini_batch_rows=2, evaluate=lambda rows: [row.old_log_probs for row in rows],
