@@ -251,9 +251,11 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of processes to try")
     parser.add_argument("--shard-size", default="1GB")
     parser.add_argument("--kill", action="store_true", help="kill the first conversion and start it again")
-    parser.add_argument("--work", type=Path, help="existing folder for three copies of the model (default: temporary)")
+    parser.add_argument("--work", type=Path, help="folder for three copies of the model (default: temporary)")
     parser.add_argument("--report", type=Path, help="write the measurements as JSON")
     args = parser.parse_args()
+    if args.work is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         results = measure(Path(folder), int(args.gigabytes * 1e9), args.ranks, args.shard_size, args.kill)
     print(f"\n{machine()}\n{'conversion':22}{'ranks':>6}{'s':>8}{'GB/s':>7}{'anonymous MB':>14}{'resident MB':>13}")
