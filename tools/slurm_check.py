@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SlurmUser=root
 StateSaveLocation={work}/state
-SlurmdSpoolDir={work}/spool_%n
+SlurmdSpoolDir={spool}/%n
 SlurmctldPidFile={work}/slurmctld.pid
 SlurmdPidFile={work}/slurmd_%n.pid
 SlurmctldLogFile={work}/slurmctld.log
@@ -68,6 +69,8 @@ class Cluster:
     def __init__(self, work: Path, port: int) -> None:
         self._work = work
         self._processes: list[subprocess.Popen[bytes]] = []
+        # Its sockets lie in it, whose paths may have 108 bytes.
+        self._spool = Path(tempfile.mkdtemp(prefix="slurm_"))
         self.environment = {**os.environ, "SLURM_CONF": str(work / "slurm.conf")}
         (work / "state").mkdir(parents=True)
         lines = [
@@ -75,7 +78,7 @@ class Cluster:
             "RealMemory=1000 State=UNKNOWN"
             for number, name in enumerate(NODES)
         ]
-        text = CONF.format(port=port, work=work, nodes="\n".join(lines), names=",".join(NODES))
+        text = CONF.format(port=port, work=work, spool=self._spool, nodes="\n".join(lines), names=",".join(NODES))
         (work / "slurm.conf").write_text(text)
 
     def __enter__(self) -> Cluster:
@@ -95,6 +98,7 @@ class Cluster:
             process.terminate()
         for process in self._processes:
             process.wait(30)
+        shutil.rmtree(self._spool, ignore_errors=True)
 
     def _start(self, command: Sequence[str]) -> None:
         log = (self._work / f"{command[0]}_{len(self._processes)}.out").open("w")
@@ -174,9 +178,12 @@ def check(cluster: Cluster, script: str, work: Path, model: Path) -> Mapping[str
     )  # fmt: skip
     assert number, "sbatch refused the script"
     ended = ("COMPLETED", "FAILED", "CANCELLED")
-    wait_until(
-        lambda: len(recorded(run_dir)) >= STOP_AFTER or cluster.job(number).get("JobState") in ended, "the second step"
-    )
+
+    def is_over() -> bool:
+        job = cluster.job(number)
+        return job.get("JobState") in ended or "held" in job.get("Reason", "").lower()
+
+    wait_until(lambda: len(recorded(run_dir)) >= STOP_AFTER or is_over(), "the second step")
     assert len(recorded(run_dir)) >= STOP_AFTER, f"the job ended before the second step: see {run_dir}/logs"
     cluster.call("scancel", "--batch", "--signal=TERM", number)
     wait_until(lambda: cluster.job(number).get("Restarts") == "1", "the requeue")
