@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Node names that need no name service: every slurmd is an address of the loopback interface.
 NODES = ("127.0.0.2", "127.0.0.3")
-STEPS, STOP_AFTER = 6, 2
+STEPS, STOP_AFTER = 40, 2  # a step takes a tenth of a second on a quiet machine, the way of the signal seconds
 DEADLINE_S = 300.0
 TRAIN_OPTIONS = (
     "actor_rollout_ref.model.dtype=fp32", "trainer.num_threads=1", "trainer.logger=[console]", "trainer.save_hf=false",
@@ -97,7 +97,10 @@ class Cluster:
         for process in reversed(self._processes):
             process.terminate()
         for process in self._processes:
-            process.wait(30)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
         shutil.rmtree(self._spool, ignore_errors=True)
 
     def _start(self, command: Sequence[str]) -> None:
