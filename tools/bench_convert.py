@@ -85,13 +85,12 @@ class MemoryWatch:
 
 def memory(pid: int) -> tuple[int, int]:
     """(RssAnon, VmHWM) in bytes; zeros when the process is gone."""
+    from spear_megatron.device.host_memory import status_bytes
+
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
+        return status_bytes("RssAnon", pid), status_bytes("VmHWM", pid)
+    except OSError:
         return 0, 0
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    values = [int(fields[name].split()[0]) * 1024 if name in fields else 0 for name in ("RssAnon", "VmHWM")]
-    return values[0], values[1]
 
 
 def generate(folder: Path, num_bytes: int, shard_bytes: int, seed: int = 0) -> int:

@@ -123,21 +123,17 @@ def peak_bytes(arguments: argparse.Namespace, dtype_name: str, density: float, n
 
 def print_growth(arguments: argparse.Namespace) -> None:
     """The process behind `peak_bytes`: warm up on a small task, then one pass on the real one."""
+    from spear_megatron.device.host_memory import reset_peak, status_bytes
+
     small = argparse.Namespace(rows=16, hidden=16, vocab=300)
     run = CONTENDERS[arguments.memory_of]
     run(Task(small, arguments.dtypes[0], 1.0))
     task = Task(arguments, arguments.dtypes[0], arguments.densities[0])
     task.weight.main_grad.fill_(1.0)  # its pages exist before the pass
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    before = memory_kib("VmRSS")
+    reset_peak()
+    before = status_bytes("VmRSS")
     run(task)
-    print(1024 * (memory_kib("VmHWM") - before))
-
-
-def memory_kib(name: str) -> int:
-    """A figure of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    print(status_bytes("VmHWM") - before)
 
 
 def measure(arguments: argparse.Namespace, dtype_name: str) -> list[dict[str, Any]]:

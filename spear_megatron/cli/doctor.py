@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from spear_megatron.device.features import Feature
     from spear_megatron.observability.findings import Finding
 
 
@@ -26,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
         import dataclasses
         import json
 
-        print(json.dumps([dataclasses.asdict(finding) for finding in (*findings, *features)], indent=2))
+        found = (*findings, *map(_as_finding, features))
+        print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
     else:
         print_findings(findings)
         if features:
@@ -48,24 +50,26 @@ def _machine() -> list[Finding]:
     return diagnose_machine({"compiled kernels": _kernels, "CUDA kernels": _cuda_kernels, "code sandbox": _sandbox})
 
 
-def _features() -> list[Finding]:
-    """What can make training faster here, as findings: ok where it is available, info where it is not."""
+def _features() -> list[Feature]:
     from spear_megatron.device.features import probe_features
+
+    return list(probe_features().values())
+
+
+def _as_finding(feature: Feature) -> Finding:
+    """ok where the feature is available, info where it is not."""
     from spear_megatron.observability.findings import Finding
 
-    return [
-        Finding(
-            "ok" if feature.available else "info",
-            feature.name,
-            f"{feature.turns_on}: {'available' if feature.available else 'not available'}, {feature.reason}",
-            "" if feature.available else feature.remedy,
-            (feature.key,) if feature.key else (),
-        )
-        for feature in probe_features().values()
-    ]
+    return Finding(
+        "ok" if feature.available else "info",
+        feature.name,
+        f"{feature.turns_on}: {'available' if feature.available else 'not available'}, {feature.reason}",
+        "" if feature.available else feature.remedy,
+        (feature.key,) if feature.key else (),
+    )
 
 
-def _print_features(features: list[Finding]) -> None:
+def _print_features(features: list[Feature]) -> None:
     """Feature, whether it is there and why not, what turns it on."""
     from rich.console import Console
     from rich.table import Table
@@ -73,10 +77,11 @@ def _print_features(features: list[Finding]) -> None:
     table = Table(title="What can make training faster")
     for name in ("feature", "state", "reason", "turned on by"):
         table.add_column(name, overflow="fold")
-    for item in features:
-        turns_on, _, state = item.evidence.rpartition(": available, " if item.level == "ok" else ": not available, ")
-        key = item.keys[0].removeprefix("actor_rollout_ref.actor.") if item.keys else "itself, where it is there"
-        table.add_row(f"{item.name}\n  {turns_on}", "available" if item.level == "ok" else "no", state, key)
+    for feature in features:
+        unasked = "itself, where it is there" if feature.available or feature.remedy else "nothing"
+        key = feature.key.removeprefix("actor_rollout_ref.actor.") or unasked
+        state = "available" if feature.available else "no"
+        table.add_row(f"{feature.name}\n  {feature.turns_on}", state, feature.reason, key)
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 

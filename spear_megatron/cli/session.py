@@ -12,7 +12,7 @@ import torch
 
 from spear_megatron.cli.preflight import save_resolved
 from spear_megatron.config.schema import Config
-from spear_megatron.device.platform import keep_freed_memory
+from spear_megatron.device.host_memory import keep_freed_memory
 from spear_megatron.observability.record import NullRecorder, Recorder, RunRecorder
 from spear_megatron.parallel.agreement import agreed
 from spear_megatron.parallel.state import ParallelState, initialize

@@ -175,14 +175,12 @@ def _not_offered() -> dict[str, Feature]:
     fixed = "micro-batches are packed to a length of their own in every step"
     return {
         "tp_comm_overlap": Feature(
-            "overlapped tensor-parallel messages", False, f"its buffers have one fixed size, and {fixed}",
-            "gathers and scatters of sequence parallelism inside the products", f"{_MEGATRON}.tp_comm_overlap",
-            "leave it off; sequence_parallel=true works without",
+            "overlapped tensor-parallel messages", False, f"not offered: its buffers have one fixed size, and {fixed}",
+            "gathers and scatters of sequence parallelism inside the products",
         ),
-        "enable_cuda_graph": Feature(
-            "CUDA graphs of the layers", False, f"a graph replays one fixed shape, and {fixed}",
+        "cuda_graph": Feature(
+            "CUDA graphs of the layers", False, f"not offered: a graph replays one fixed shape, and {fixed}",
             "no launch overhead in training (SGLang's decoding has graphs of its own)",
-            f"{_MEGATRON}.enable_cuda_graph", "leave it off",
         ),
     }  # fmt: skip
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
+
+from spear_megatron.device.host_memory import reset_peak, status_bytes
 
 MIB = 1 << 20
 
@@ -46,7 +47,7 @@ class MemoryMeter:
             torch.cuda.reset_peak_memory_stats()
             return True
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # 5: the peak of the resident set, see proc(5)
+            reset_peak()
         except OSError:
             return False
         return True
@@ -56,6 +57,4 @@ class MemoryMeter:
             import torch
 
             return torch.cuda.max_memory_allocated() / MIB
-        lines = Path("/proc/self/status").read_text().splitlines()
-        kib = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
-        return int(kib) / 1024
+        return status_bytes("VmHWM") / MIB

@@ -56,10 +56,6 @@ class MegatronConfig:
     """Compute products of Transformer Engine's layers in FP8; hybrid has e5m2 gradients. Weights stay bfloat16."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
     """How FP8 values are scaled; doctor tells which ones the device can."""
-    tp_comm_overlap: bool = False
-    """Not offered: true is refused, because packed micro-batches have no fixed size."""
-    enable_cuda_graph: bool = False
-    """Not offered for training: true is refused, because packed micro-batches have no fixed size."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
@@ -132,12 +128,6 @@ class MegatronConfig:
             raise ValueError(f"{_PREFIX}.recompute_num_layers must be at least 1, got {self.recompute_num_layers}")
 
     def _check_overlap(self) -> None:
-        for name in ("tp_comm_overlap", "enable_cuda_graph"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{_PREFIX}.{name}=true is not offered: it needs tensors of one fixed size, and micro-batches are "
-                    "packed to a length of their own in every step; set it to false"
-                )
         needs = {
             "overlap_param_gather": (self.overlap_param_gather, "overlap_grad_reduce", self.overlap_grad_reduce),
             "ddp_bucket_size": (self.ddp_bucket_size is not None, "overlap_grad_reduce", self.overlap_grad_reduce),

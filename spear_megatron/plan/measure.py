@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import weakref
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,8 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
-_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
+from spear_megatron.device.host_memory import M_MMAP_THRESHOLD, reset_peak, status_bytes, tell_allocator
 
 
 class LiveBytes(TorchDispatchMode):
@@ -76,37 +73,22 @@ class ProcessBytes:
         self._baseline = 0
 
     def __enter__(self) -> ProcessBytes:
-        _call_c("mallopt", _M_MMAP_THRESHOLD, 1 << 16)
+        tell_allocator("mallopt", M_MMAP_THRESHOLD, 1 << 16)
         self.reset_peak()
-        self._baseline = _status("VmRSS")
+        self._baseline = status_bytes("VmRSS")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _call_c("mallopt", _M_MMAP_THRESHOLD, 1 << 25)
+        tell_allocator("mallopt", M_MMAP_THRESHOLD, 1 << 25)
 
     def reset_peak(self) -> None:
         """Start a new phase."""
         gc.collect()
-        _call_c("malloc_trim", 0)
-        Path("/proc/self/clear_refs").write_text("5")
+        tell_allocator("malloc_trim", 0)
+        reset_peak()
 
     @property
     def peak(self) -> int:
-        return _status("VmHWM") - self._baseline
-
-
-def _call_c(function: str, *arguments: int) -> None:
-    """Call a function of the C allocator, if it is glibc's."""
-    found = getattr(ctypes.CDLL(None), function, None)
-    if found is not None:
-        found(*arguments)
-
-
-def _status(field: str) -> int:
-    """Bytes of one line of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) << 10
-    raise OSError(f"/proc/self/status has no {field}")
+        return status_bytes("VmHWM") - self._baseline

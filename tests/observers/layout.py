@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from observers.actor import built, counted, rows
-from observers.core import Observer, Observers, refused
+from observers.core import Observer, Observers
 
 from spear_megatron.config.schema import Config
 
@@ -112,8 +112,6 @@ OBSERVERS: Observers = {
     f"{_MEGATRON}.attention_backend": Observer(precision_of_products, ("auto", "flash")),
     f"{_MEGATRON}.fp8": Observer(precision_of_products, ("null", "hybrid")),
     f"{_MEGATRON}.fp8_recipe": Observer(precision_of_products, ("delayed", "mxfp8"), (f"{_MEGATRON}.fp8=hybrid",)),
-    f"{_MEGATRON}.tp_comm_overlap": refused("false", "true"),
-    f"{_MEGATRON}.enable_cuda_graph": refused("false", "true"),
     f"{_MEGATRON}.recompute_granularity": Observer(forward_calls, ("null", "selective")),
     f"{_MEGATRON}.recompute_method": Observer(
         forward_calls, ("uniform", "block"), (*_FULL, f"{_MEGATRON}.recompute_num_layers=1")

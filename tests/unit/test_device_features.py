@@ -194,8 +194,6 @@ def test_settings_that_no_machine_can_join() -> None:
         ({"ddp_bucket_size": 8}, "overlap_grad_reduce"),
         ({"overlap_p2p_comm": True}, "virtual_pipeline"),
         ({"fp8_recipe": "mxfp8"}, "fp8"),
-        ({"tp_comm_overlap": True}, "not offered"),
-        ({"enable_cuda_graph": True}, "not offered"),
         ({"overlap_param_gather": True, "overlap_grad_reduce": True, "use_distributed_optimizer": False}, "distribut"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from spear_megatron.device.platform import keep_freed_memory
+from spear_megatron.device.host_memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     print("no glibc")
     sys.exit()
