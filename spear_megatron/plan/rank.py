@@ -115,7 +115,7 @@ class RankMemory:
             found["old_log_prob"] = self.forward()
         if work.reference:
             found["ref"] = self.forward()
-        found["update"] = self.update(process=process)
+        found["update"] = self.update()
         found["step"] = [*self.static, max(stepping, key=lambda term: term.nbytes)]
         found["publish"] = [*self.static, SyncBuffers(self.shape, self.layout, self.model, work.dtype.itemsize)]
         found["save"] = [*self.static, *([SaveStaging(self.model, self.layout)] if work.on_host else [])]
@@ -134,10 +134,9 @@ class RankMemory:
             max(working, key=lambda term: term.nbytes),
         ]
 
-    def update(self, *, process: bool = False) -> list[Term]:
+    def update(self) -> list[Term]:
         """Forward and backward of one optimizer step, where its peak is: before the first backward pass frees anything
-        (head, or a layer), at the end of one (embedding), or when gradients are reduced on the CPU (``process`` as in
-        :meth:`phases`).
+        (head, or a layer), at the end of one (embedding), or when gradients are reduced on the CPU.
         """
         work, sizes = self.workload, self.sizes
         layers = self.activations
@@ -149,7 +148,7 @@ class RankMemory:
             embedding = EmbeddingBackward(rows, sizes.hidden, sizes.itemsize)
             peaks.append([Fewer(layers, 1, layers.passes), embedding])
         if work.on_host and self.layout.megatron.use_distributed_optimizer:
-            peaks.append([GradientReduction(self.model.buffers, copies=2 if process else 1)])
+            peaks.append([GradientReduction(self.model.buffers)])
         return [
             *self.static,
             Batch(self.batch_tokens, work.micro_batches),

@@ -192,18 +192,14 @@ class GradientReduction:
     """Copy of the largest gradient buffer that gloo makes to reduce and scatter it, 4 bytes per element.
 
     At the end of an update, when activations are gone. NCCL reduces in place, and so does an all-reduce.
-
-    Attributes:
-        copies: 2 with the one inside of the operation, which no tensor shows.
     """
 
     buffers: tuple[BufferInfo, ...]
-    copies: int = 1
     label: ClassVar[str] = "backward workspace"
 
     @property
     def nbytes(self) -> int:
-        return self.copies * FP32 * max(buffer.numel for buffer in self.buffers)
+        return FP32 * max(buffer.numel for buffer in self.buffers)
 
 
 @dataclass(frozen=True, slots=True)
