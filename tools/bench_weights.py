@@ -1,7 +1,8 @@
 """How fast weights leave the trainer: buckets in shared memory and by broadcast, against memcpy and plain gloo.
 
-    python tools/bench_weights.py            # a model of 30 M parameters, a few minutes on two quiet cores
-    python tools/bench_weights.py --quick    # a small one, to see that it runs
+    python tools/bench_weights.py                # a model of 30 M parameters, a few minutes on two quiet cores
+    python tools/bench_weights.py --size deep    # 16 M in many small tensors, which one-by-one sending pays for
+    python tools/bench_weights.py --quick        # a tiny one, to see that it runs
 
 Rank 0 of two holds a model, rank 1 plays the server: it copies what it receives into tensors of its own. All contenders
 move the same bytes and their samples are interleaved; medians are compared. `gather` brings every bucket into memory
@@ -34,6 +35,10 @@ SIZES: dict[str, dict[str, int]] = {
     "30M": dict(
         hidden_size=512, num_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
         intermediate_size=1536, vocab_size=8192,
+    ),
+    "deep": dict(
+        hidden_size=256, num_layers=24, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        intermediate_size=512, vocab_size=4096,
     ),
     "tiny": dict(),
 }  # fmt: skip
@@ -176,6 +181,7 @@ def time_on_rank(folder: str, samples: int, bucket_bytes: int) -> dict[str, Any]
         "seconds": seconds,
         "num_bytes": sender.plan.num_bytes,
         "num_buckets": len(sender.plan.buckets),
+        "num_tensors": len(sender.ready),
         "peak_bytes": sender.ledger.peak,
     }
 
@@ -201,6 +207,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model and two samples")
+    parser.add_argument("--size", choices=sorted(SIZES), default="30M", help="the model")
     parser.add_argument("--samples", type=int, default=21, help="interleaved samples of every contender")
     parser.add_argument("--bucket-mb", type=float, default=16.0, help="MiB of a bucket")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -208,13 +215,13 @@ def main() -> None:
     from harness import run_ranks
     from tiny import make_tiny_hf
 
-    size, samples = ("tiny", 2) if args.quick else ("30M", args.samples)
+    size, samples = ("tiny", 2) if args.quick else (args.size, args.samples)
     bucket_bytes = 1 << 14 if args.quick else int(args.bucket_mb * (1 << 20))
     with tempfile.TemporaryDirectory() as folder:
         make: Callable[[], Path] = partial(make_tiny_hf, folder, **SIZES[size])
         result = run_ranks(time_on_rank, 2, str(make()), samples, bucket_bytes, deadline_s=1200)[0]
-    megabytes, buckets = result["num_bytes"] / 1e6, result["num_buckets"]
-    print(f"{size} parameters, {megabytes:.1f} MB in {buckets} buckets, medians of {samples}")
+    megabytes, tensors, buckets = result["num_bytes"] / 1e6, result["num_tensors"], result["num_buckets"]
+    print(f"{size}: {megabytes:.1f} MB, {tensors} tensors in {buckets} buckets, medians of {samples}")
     figures = {"size": size, "samples": samples, **report(result)}
     print(json.dumps(figures))
     if args.json is not None:
