@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 SGLANG_VENV ?= .venv-sglang
 
-.PHONY: setup sglang-server cuda gpu-check quickstart test test-fast layouts plan-error kill-demo bench bench-kernels study \
+.PHONY: setup sglang-server sglang-versions cuda gpu-check quickstart test test-fast layouts plan-error kill-demo bench bench-kernels study \
 	docs clean
 
 setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
@@ -23,6 +23,9 @@ $(SGLANG_VENV)/.ready: requirements/sglang-cpu.txt
 	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/pip install -q --no-deps -r requirements/sglang-cpu.txt
 	touch $@
+
+sglang-versions: setup  ## the tests with real servers on other versions of SGLang, a few minutes each
+	$(BIN)/python tools/sglang_versions.py
 
 cuda:  ## the CUDA kernels, where nvcc is there; needs no device
 	$(BIN)/python tools/build_cuda.py

@@ -112,6 +112,21 @@ def sglang_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         stop_server(process)
 
 
+@pytest.fixture(scope="session")
+def server_version(sglang_server: str) -> tuple[int, ...]:
+    """SGLang's version: `make sglang-versions` runs these tests on others than the usual one."""
+    client = ControlClient(sglang_server)
+    version = client.server_info().version
+    client.close()
+    return version
+
+
+def needs(server_version: tuple[int, ...], first: tuple[int, ...], what: str) -> None:
+    """Skip the test on a server that is documented not to do ``what``."""
+    if server_version < first:
+        pytest.skip(f"{what} takes SGLang {'.'.join(map(str, first))} (docs/sglang.md)")
+
+
 @pytest.fixture()
 def fresh_server(sglang_server: str, tiny_folder: Path) -> str:
     """The server as it was started, whatever other tests did to its weights and their label."""

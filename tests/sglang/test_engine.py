@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs
 
 from spear_megatron.data.chat import ChatRenderer
 from spear_megatron.environments.protocol import Observation, StepResult, Turn
@@ -270,8 +271,9 @@ def test_more_requests_than_places(sglang_server: str, tiny_folder: Path) -> Non
 
 
 def test_tokens_of_a_request_that_lives_through_an_update_know_their_versions(
-    sglang_server: str, tiny_folder: Path
+    sglang_server: str, tiny_folder: Path, server_version: tuple[int, ...]
 ) -> None:
+    needs(server_version, (0, 5, 21), "an update under running requests")
     engine = make_engine(sglang_server, tiny_folder, version=1)
 
     async def through_update(version: int, wait_s: float) -> tuple[int, ...]:
