@@ -4,8 +4,8 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 SGLANG_VENV ?= .venv-sglang
 
-.PHONY: setup sglang-server sglang-versions cuda gpu-check quickstart test test-fast layouts plan-error kill-demo bench bench-kernels study \
-	docs clean
+.PHONY: setup sglang-server sglang-versions cuda gpu-check quickstart test test-fast layouts plan-error \
+	kill-demo bench bench-kernels study docs clean
 
 setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
 

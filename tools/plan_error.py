@@ -9,7 +9,7 @@ of its second training step. Sizes do not depend on the speed of the machine. Sh
 phase over the ranks, the prediction for that rank, and the error that is largest over all ranks. For the 100M model a
 second run, in processes that did nothing before, compares the resident memory above what there was before the model
 was built (``process``): beside tensors it holds the allocator's losses, buffers inside of operations and libraries, and
-it lacks pages that nobody wrote to. There the error is that of the fullest rank, which decides whether a host has room.
+it lacks pages that nobody wrote to.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def compare(folder: str, model: str, case: Any, *, process: bool = False) -> lis
     for phase in measured[0]:
         fullest = max(range(case.world_size), key=lambda rank: measured[rank][phase])
         errors = [predicted[rank][phase] / measured[rank][phase] - 1 for rank in range(case.world_size)]
-        worst = errors[fullest] if process else max(errors, key=abs)
+        worst = max(errors, key=abs)
         sizes = [f"{found[fullest][phase] / MIB:.1f}" for found in (measured, predicted)]
         rows.append([f"{model} process" if process else model, case.name, phase, *sizes, f"{worst:+.1%}"])
     return rows

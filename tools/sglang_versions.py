@@ -4,7 +4,7 @@
     python tools/sglang_versions.py 0.5.15 0.5.23    # these
 
 Every version gets an environment of its own, `.venv-sglang-VERSION`: what requirements/sglang-cpu.txt pins, with the
-lines of VERSIONS instead. Prints a line per version; the exit status is 1 where a test failed.
+lines of VERSIONS instead. Prints a line per version; the exit status is 1 where a test failed or took too long.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,8 +24,9 @@ VERSIONS: dict[str, dict[str, str]] = {
     "0.5.15": {},
     "0.5.20": {},
     "0.5.23": {"transformers": "5.19.0", "tokenizers": "0.23.2"},
-}  # its own requirements ask for these
-DEADLINE_S = 1800.0
+}
+"""By version the other packages that it needs in another version than the pinned one."""
+INSTALL_S, TESTS_S, END_S = 1200.0, 1800.0, 120.0
 
 
 def requirements(version: str, others: Mapping[str, str]) -> str:
@@ -43,16 +44,18 @@ def requirements(version: str, others: Mapping[str, str]) -> str:
 
 
 def environment(version: str) -> Path:
-    """Python of the version's environment, made on the first call."""
+    """Python of the version's environment, which is made where there is none of these requirements."""
     folder = ROOT / f".venv-sglang-{version}"
-    python = folder / "bin" / "python"
-    if not (folder / ".ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            file.write(requirements(version, VERSIONS[version]))
-            file.flush()
-            subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", "-r", file.name], check=True)
-        (folder / ".ready").touch()
+    python, installed = folder / "bin" / "python", folder / "installed.txt"
+    wanted = requirements(version, VERSIONS[version])
+    if installed.exists() and installed.read_text(encoding="utf-8") == wanted:
+        return python
+    asked = folder / "requirements.txt"
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, timeout=INSTALL_S)
+    asked.write_text(wanted, encoding="utf-8")
+    install = [str(python), "-m", "pip", "install", "-q", "--no-deps", "-r", str(asked)]
+    subprocess.run(install, check=True, timeout=INSTALL_S)
+    asked.replace(installed)
     return python
 
 
@@ -60,11 +63,16 @@ def run_tests(python: Path) -> tuple[bool, str]:
     """(whether all passed, pytest's last line) of the tests with servers of this environment."""
     command = [sys.executable, "-m", "pytest", "-q", "tests/sglang"]
     environ = {**os.environ, "SPEAR_SGLANG_PYTHON": str(python)}
-    done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S)
-    lines = done.stdout.strip().splitlines() or ["no output"]
-    if done.returncode:
+    tests = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True)
+    try:
+        output, _ = tests.communicate(timeout=TESTS_S)
+    except subprocess.TimeoutExpired:
+        tests.send_signal(signal.SIGINT)  # so that pytest ends the servers
+        output, _ = tests.communicate(timeout=END_S)
+    lines = output.strip().splitlines() or ["no output"]
+    if tests.returncode:
         print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))), flush=True)
-    return done.returncode == 0, lines[-1]
+    return tests.returncode == 0, lines[-1]
 
 
 def main() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,10 +10,9 @@ from typing import TypeVar
 
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.rollout.engine import EngineError
-from spear_megatron.rollout.sglang.control import ControlClient, PauseMode
+from spear_megatron.rollout.sglang.control import ControlClient, PauseMode, flush_paused
 
 T = TypeVar("T")
-_POLL_S = 0.05
 COLLATERAL = "its group of broadcasts was broken by another server"
 """Why a server failed that did nothing wrong: it may be tried again at once."""
 
@@ -138,25 +136,6 @@ def open_update(group: ServerGroup, urls: Sequence[str], *, mode: PauseMode, ses
                 client.begin_update()
 
     group.each(urls, opened)
-
-
-def flush_paused(client: ControlClient, timeout_s: float) -> None:
-    """Empty the cache of a paused server, whose retracted requests may wait meanwhile.
-
-    Asked with a timeout the server would wait until these have ended too, which they cannot; asked without, it refuses
-    while a batch is being put away, so it is asked again.
-
-    Raises:
-        EngineError: it refuses for ``timeout_s``, or does not answer.
-    """
-    end = time.monotonic() + timeout_s
-    while True:
-        try:
-            return client.flush_cache(0.0)
-        except EngineError as error:
-            if "HTTP 400" not in str(error) or time.monotonic() > end:
-                raise
-        time.sleep(_POLL_S)
 
 
 def close_update(group: ServerGroup, urls: Sequence[str], *, session: bool) -> None:

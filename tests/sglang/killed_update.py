@@ -11,9 +11,8 @@ from fleet import generate, open_fleet, processes_of, scheduler_of
 from train_step import Layout, build_actor
 from weight_sync import open_publisher, train
 
-from spear_megatron.rollout.sglang.fleet import restore_from_disk
-
-PATIENCE_S = 240.0
+from spear_megatron.cli.servers import Publishing
+from spear_megatron.rollout.sglang.start import Servers
 
 
 def kill_in_update(publisher: Any, url: str, scheduler: psutil.Process) -> list[str]:
@@ -51,12 +50,7 @@ def killed_on_rank(folder: str, scratch: str, ways: dict[str, dict[str, Any]]) -
             nonlocal version
             version += 1
             train(actor, parallel, version)
-            fleet.wait_reachable(PATIENCE_S)
-            with fleet.quiet():
-                outcome = publisher.publish(version)
-                restore = None if outcome.folder is None else restore_from_disk(outcome.folder, version)
-                fleet.took(version, outcome.fresh, outcome.stale, restore)
-            return outcome
+            return Publishing(parallel, Servers(fleet.addresses(), fleet), publisher.publish, None).publish(version)
 
         for way, keys in ways.items():
             publisher = open_publisher(actor, shape, parallel, folder, list(fleet.addresses()), scratch, **keys)

@@ -20,6 +20,7 @@ PauseMode = Literal["abort", "in_place", "retract"]
 FIRST_VERSION = (0, 5, 15)
 FIRST_VERSION_WITH_SESSIONS = (0, 5, 21)
 _POLL_S = 0.25
+_FLUSH_POLL_S = 0.05
 _QUICK_S = 10.0
 _LEAVE_S = 30.0
 
@@ -246,6 +247,30 @@ class ControlClient:
             return answer.json()
         except ValueError:
             return answer.text
+
+
+def flush_paused(client: ControlClient, timeout_s: float) -> None:
+    """Empty the cache of a paused server, whose retracted requests may wait meanwhile.
+
+    Asked with a timeout the server would wait until these have ended too, which they cannot; asked without, it refuses
+    while a batch is being put away, so it is asked again.
+
+    Raises:
+        EngineError: it refuses for ``timeout_s``, or does not answer.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            return client.flush_cache(0.0)
+        except EngineError as error:
+            if "HTTP 400" not in str(error):
+                raise
+            if time.monotonic() > end:
+                raise EngineError(
+                    f"{error}; the paused server was not idle within {timeout_s:g} s (SGLang before 0.5.21 must have "
+                    "no requests, running or waiting, when weights change)"
+                ) from error
+        time.sleep(_FLUSH_POLL_S)
 
 
 def parse_version(text: str) -> tuple[int, ...]:

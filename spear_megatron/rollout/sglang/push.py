@@ -5,16 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import pickle
-import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.rollout.engine import EngineError
-from spear_megatron.rollout.sglang.control import ControlClient
+from spear_megatron.rollout.sglang.control import ControlClient, flush_paused
 
-_POLL_S = 0.2
 Named = tuple[str, torch.Tensor]
 
 
@@ -38,30 +36,12 @@ def push_weights(
     """
     for server in servers:
         server.pause("retract")
-        _flush(server, idle_timeout_s)
+        flush_paused(server, idle_timeout_s)
     with _sessions(servers):
         _send(servers, _buckets(checked(named_tensors, shape), max_bucket_bytes), version)
     for server in servers:
-        _flush(server, idle_timeout_s)
+        flush_paused(server, idle_timeout_s)
         server.resume()
-
-
-def _flush(server: ControlClient, timeout_s: float) -> None:
-    """Empty the cache of a paused server, whose waiting requests do not count.
-
-    The server's own wait is of no use here: it ends when nothing waits, which a pause prevents.
-    """
-    end = time.monotonic() + timeout_s
-    while True:
-        try:
-            return server.flush_cache(0.0)
-        except EngineError as error:
-            if time.monotonic() >= end:
-                raise EngineError(
-                    f"{error}; the paused server was not idle within {timeout_s:g} s (SGLang before 0.5.21 must have "
-                    "no requests, running or waiting, when weights change)"
-                ) from error
-        time.sleep(_POLL_S)
 
 
 def _send(servers: Sequence[ControlClient], buckets: Iterator[list[Named]], version: int) -> None:
