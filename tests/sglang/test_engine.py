@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs
+from faulty_proxy import FaultyProxy
 
 from spear_megatron.data.chat import ChatRenderer
 from spear_megatron.environments.protocol import Observation, StepResult, Turn
@@ -185,6 +186,31 @@ def test_it_keeps_the_contract_of_engines(sglang_server: str, tiny_folder: Path)
     check_engine(
         lambda: make_engine(sglang_server, tiny_folder), prompt_ids=(5, 6, 7, 8), vocab_size=vocab_size, exact=False
     )
+
+
+def test_answers_that_are_lost_are_asked_for_again_and_count_once(sglang_server: str, tiny_folder: Path) -> None:
+    """HTTP 500 with a closed connection before the server saw the request, and a connection lost after it answered."""
+    rows, known = prompts(4), make_engine(sglang_server, tiny_folder)
+
+    async def ask_all(engine: SGLangEngine) -> list[tuple[int, ...]]:
+        requests = [ask(f"3-{i}-0/0/0", ids, 24, temperature=0.0) for i, ids in enumerate(rows)]
+        return [(await engine.generate(request)).output_ids for request in requests]
+
+    expected = run(known, lambda: ask_all(known))
+
+    async def through_faults() -> None:
+        async with FaultyProxy(sglang_server, ["error_500", None, "drop_after", "error_500"]) as proxy:
+            engine = await asyncio.to_thread(make_engine, proxy.url, tiny_folder)
+            try:
+                assert await ask_all(engine) == expected
+            finally:
+                await engine.close()
+            stats = engine.stats
+            assert (stats.num_requests, stats.num_retries, stats.total.num_lost) == (4, 3, 3)
+            assert stats.total.num_completed == 4 and stats.total.num_sampled_tokens == 4 * 24
+            assert proxy.num_generations == 5  # one answer was dropped: sampled twice there, counted once here
+
+    asyncio.run(asyncio.wait_for(through_faults(), 120))
 
 
 def test_what_kills_a_server_is_refused_before_it_is_sent(sglang_server: str, tiny_folder: Path) -> None:

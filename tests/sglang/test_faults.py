@@ -1,7 +1,8 @@
-"""Faults of real servers: killed, hung, paused, killed while taking weights. One server goes through all of them."""
+"""Faults of real servers: killed, hung, paused, their port taken, too slow. One server goes through all but the last."""
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(tiny_folder: Path, run_dir: Path) -> Iterator[Fleet]:
-    with open_fleet(tiny_folder, run_dir) as opened:
+    with open_fleet(tiny_folder, run_dir, max_restarts=6) as opened:
         opened.start()
         yield opened
 
@@ -73,13 +74,14 @@ def test_a_server_killed_mid_generation_is_replaced_with_the_published_weights(
     assert {path.name for path in (run_dir / "sglang" / "server_0").iterdir()} == {"attempt_0.log", "attempt_1.log"}
 
 
-def test_a_paused_server_is_left_alone(fleet: Fleet) -> None:
+def test_a_server_paused_for_a_minute_is_left_alone(fleet: Fleet) -> None:
+    """Longer than hung_after_s, and than the 20 s after which a paused server calls itself unhealthy."""
     (before,) = fleet.serving()
     client = ControlClient(before.url)
     with fleet.quiet():
         client.pause("retract")
         running = in_background(generate, before.url, 8)
-        time.sleep(12.0)  # longer than hung_after_s
+        time.sleep(60.0)
         assert fleet.serving() == (before,) and not running.done()
         client.resume()
         assert len(running.result(30)["output_ids"]) == 8
@@ -111,3 +113,37 @@ def test_a_server_that_hangs_while_it_takes_weights_waits_for_the_next_publicati
     fleet.published(7, [after])
     assert fleet.serving() == (after,)
     assert generate(after.url, 4)["meta_info"]["weight_version"] == "7"
+
+
+def test_a_port_taken_meanwhile_is_tried_again_until_it_is_free(fleet: Fleet, tiny_folder: Path) -> None:
+    """Every rank knows the address of a server, so that it comes back to its own port."""
+    (before,) = fleet.serving()
+    processes = processes_of(before.url)
+    with socket.socket() as taken:
+        with fleet.without_starts():
+            for process in reversed(processes):
+                process.kill()
+            psutil.wait_procs(processes, timeout=30)
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(("127.0.0.1", int(before.url.rpartition(":")[2])))
+            taken.listen()
+            until(lambda: not fleet.serving())
+        with pytest.raises(EngineError, match=f"{before.url} is taken by another program"):
+            fleet.wait_serving(1.0)
+    (after,) = until(lambda: [end for end in fleet.reachable() if end.attempt > before.attempt])
+    assert after.url == before.url
+    client = ControlClient(after.url)
+    client.update_from_disk(str(tiny_folder), "8")
+    client.close()
+    fleet.published(8, [after])
+    assert generate(after.url, 4)["meta_info"]["weight_version"] == "8"
+
+
+def test_a_start_that_takes_too_long_is_ended_and_said(tiny_folder: Path, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with open_fleet(tiny_folder, tmp_path, ready_timeout_s=2.0) as fleet:
+        with pytest.raises(EngineError, match="none serves after 2 s"):
+            fleet.start()
+    assert time.monotonic() - begin < 30
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(tmp_path) in command]

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from stand_in_fleet import StandInLaunch, gone, until
 
@@ -40,6 +41,7 @@ def test_a_stopped_process_is_killed_within_the_deadline(tmp_path: Path) -> None
     server = started(launch)
     own = launch.process().pid
     os.kill(own, signal.SIGSTOP)
+    until(lambda: psutil.Process(own).status() == psutil.STATUS_STOPPED)  # else the lower signal comes first
     began = time.monotonic()
     server.stop(0.3)
     assert gone(own) and time.monotonic() - began < 5.0
