@@ -29,6 +29,7 @@ namespace spear {
 namespace {
 
 constexpr int64_t kBlockTokens = 2048;
+constexpr size_t kFewWords = 256;  // so few are sooner put in order than counted
 
 struct CovInputs {
     const float* log_probs;
@@ -108,52 +109,85 @@ struct CovCandidates {
           words(new uint64_t[static_cast<size_t>(tokens)]),
           blocks(static_cast<size_t>((tokens + kBlockTokens - 1) / kBlockTokens)),
           histogram(kDigits) {}
+
+    const uint64_t* words_of(int64_t block) const { return words.get() + block * kBlockTokens; }
+    int64_t num_blocks() const { return static_cast<int64_t>(blocks.size()); }
 };
 
+// The three steps below are shared by the threads of the parallel region that calls them. Every step gives a thread the
+// same blocks, so that what it wrote is near when it reads it again.
+
 void find_candidates(CovCandidates& found, const CovInputs& inputs, const CovRule& rule, const int64_t* keys,
-                     int64_t tokens, bool by_covariance, uint8_t* chosen, const CovKernels& kernels, int threads) {
-    const int64_t count = static_cast<int64_t>(found.blocks.size());
+                     int64_t tokens, bool by_covariance, uint8_t* marks, const CovKernels& kernels) {
     const WordSearch start_of_search = word_search(1);
+    std::vector<uint32_t> histogram(kDigits);
     int64_t candidates = 0, near = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : candidates, near) if (threads > 1 && count > 1)
-    {
-        std::vector<uint32_t> histogram(kDigits);
-#pragma omp for schedule(static)
-        for (int64_t index = 0; index < count; ++index) {
-            const int64_t start = index * kBlockTokens, left = tokens - start;
-            const int64_t size = left < kBlockTokens ? left : kBlockTokens;
-            CovBlock block = {found.places.get() + start, 0, 0};
-            kernels.block(inputs, start, start + size, rule, block);
-            uint64_t* words = found.words.get() + start;
-            for (int64_t i = 0; i < block.candidates; ++i) {
-                words[i] = word_of(inputs, rule, keys, block.places[i], by_covariance);
-                ++histogram[digit(start_of_search, words[i])];
-            }
-            std::memset(chosen + start, 0, static_cast<size_t>(size));
-            candidates += block.candidates;
-            near += block.near;
-            found.blocks[static_cast<size_t>(index)] = block;
+#pragma omp for schedule(static) nowait
+    for (int64_t index = 0; index < found.num_blocks(); ++index) {
+        const int64_t start = index * kBlockTokens, left = tokens - start;
+        const int64_t size = left < kBlockTokens ? left : kBlockTokens;
+        CovBlock block = {found.places.get() + start, 0, 0};
+        kernels.block(inputs, start, start + size, rule, block);
+        uint64_t* words = found.words.get() + start;
+        for (int64_t i = 0; i < block.candidates; ++i) {
+            words[i] = word_of(inputs, rule, keys, block.places[i], by_covariance);
+            ++histogram[digit(start_of_search, words[i])];
         }
-#pragma omp critical
-        for (int i = 0; i < kDigits; ++i) found.histogram[static_cast<size_t>(i)] += histogram[static_cast<size_t>(i)];
+        std::memset(marks + start, 0, static_cast<size_t>(size));
+        candidates += block.candidates;
+        near += block.near;
+        found.blocks[static_cast<size_t>(index)] = block;
     }
-    found.count = candidates;
-    found.near = near;
+#pragma omp critical
+    {
+        for (int i = 0; i < kDigits; ++i) found.histogram[static_cast<size_t>(i)] += histogram[static_cast<size_t>(i)];
+        found.count += candidates;
+        found.near += near;
+    }
+#pragma omp barrier
 }
 
-// The word up to which words are among the `k` smallest, or equal to the k-th; there are more than k.
-uint64_t border(const CovCandidates& found, uint32_t k) {
-    const WordSearch search = narrowed(word_search(k), found.histogram.data());
-    if (search.done) return search.last;
-    std::vector<uint64_t> left;
-    for (size_t index = 0; index < found.blocks.size(); ++index) {
-        const uint64_t* words = found.words.get() + static_cast<int64_t>(index) * kBlockTokens;
-        for (int64_t i = 0; i < found.blocks[index].candidates; ++i) {
-            if (is_left(search, words[i])) left.push_back(words[i]);
+// Gathers the words that `search` has left.
+void gather_left(const CovCandidates& found, const WordSearch& search, std::vector<uint64_t>& left) {
+    std::vector<uint64_t> own;
+#pragma omp for schedule(static) nowait
+    for (int64_t index = 0; index < found.num_blocks(); ++index) {
+        const uint64_t* words = found.words_of(index);
+        for (int64_t i = 0; i < found.blocks[static_cast<size_t>(index)].candidates; ++i) {
+            if (is_left(search, words[i])) own.push_back(words[i]);
         }
+    }
+#pragma omp critical
+    left.insert(left.end(), own.begin(), own.end());
+#pragma omp barrier
+}
+
+// The word up to which words are among the k smallest, or equal to the k-th, from the words that are left.
+uint64_t border(const WordSearch& search, std::vector<uint64_t>& left) {
+    if (left.size() <= kFewWords) {
+        const auto wanted = left.begin() + (search.rank - 1);
+        std::nth_element(left.begin(), wanted, left.end());
+        return *wanted;
     }
     std::vector<uint32_t> histogram(kDigits);
     return finished(search, left.data(), static_cast<int64_t>(left.size()), histogram.data()).last;
+}
+
+// Marks the candidates with words up to `last`; returns how many this thread did.
+int64_t mark_candidates(const CovCandidates& found, uint64_t last, uint8_t* marks) {
+    int64_t marked = 0;
+#pragma omp for schedule(static) nowait
+    for (int64_t index = 0; index < found.num_blocks(); ++index) {
+        // A copy: a byte that is written could be any part of what is read.
+        const CovBlock block = found.blocks[static_cast<size_t>(index)];
+        const uint64_t* words = found.words_of(index);
+        for (int64_t i = 0; i < block.candidates; ++i) {
+            const uint8_t mark = words[i] <= last;
+            marks[block.places[i]] = mark;
+            marked += mark;
+        }
+    }
+    return marked;
 }
 
 struct CovCounts {
@@ -166,17 +200,20 @@ struct CovCounts {
 CovCounts choose(const CovInputs& inputs, const CovRule& rule, const int64_t* keys, int64_t tokens, bool by_covariance,
                  int64_t k, uint8_t* marks, const CovKernels& kernels, int threads) {
     CovCandidates found(tokens);
-    find_candidates(found, inputs, rule, keys, tokens, by_covariance, marks, kernels, threads);
-    const uint64_t last = found.count > k ? border(found, static_cast<uint32_t>(k)) : ~uint64_t{0};
+    WordSearch search = {~uint64_t{0}, 0, 0, 0, true, false};  // every word: right where there are no more than k
+    std::vector<uint64_t> left;
     int64_t marked = 0;
-    for (size_t index = 0; index < found.blocks.size(); ++index) {
-        const CovBlock& block = found.blocks[index];
-        const uint64_t* words = found.words.get() + static_cast<int64_t>(index) * kBlockTokens;
-        for (int64_t i = 0; i < block.candidates; ++i) {
-            const uint8_t mark = words[i] <= last;
-            marks[block.places[i]] = mark;
-            marked += mark;
+#pragma omp parallel num_threads(threads) reduction(+ : marked) if (threads > 1 && found.num_blocks() > 1)
+    {
+        find_candidates(found, inputs, rule, keys, tokens, by_covariance, marks, kernels);
+#pragma omp single
+        if (found.count > k) search = narrowed(word_search(static_cast<uint32_t>(k)), found.histogram.data());
+        if (!search.done) {
+            gather_left(found, search, left);
+#pragma omp single
+            search.last = border(search, left);
         }
+        marked += mark_candidates(found, search.last, marks);
     }
     return {found.count, found.near, marked};
 }

@@ -212,12 +212,12 @@ class _Tokens:
                 raise ValueError("A row's log_probs, old_log_probs, advantages and keys must have one length.")
         if not rows:
             return cls([torch.empty(0)] * 3 + [torch.empty(0, dtype=torch.int64)], [])
-        names = ("log_probs", "old_log_probs", "advantages")
-        parts = [_joined([getattr(row, name) for row in rows]).float() for name in names]
+        columns = zip(*((row.log_probs, row.old_log_probs, row.advantages, row.keys) for row in rows), strict=True)
+        *parts, keys = (_joined(column) for column in columns)
+        parts = [part.float() for part in parts]
         if not all(part.is_cpu for part in parts):
             parts = list(torch.stack(parts).cpu())  # one copy from the device for everything
-        keys = _joined([row.keys for row in rows]).cpu()
-        return cls([part.contiguous() for part in (*parts, keys)], lengths)
+        return cls([part.contiguous() for part in (*parts, keys.cpu())], lengths)
 
     @property
     def values(self) -> CovTokens:
@@ -235,7 +235,7 @@ class _Tokens:
         return [keys[places], keys[starts], places - starts, *doubles]
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).detach()
 
 

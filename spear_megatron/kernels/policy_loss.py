@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -86,52 +85,42 @@ def policy_loss(
     module = compiled_for(log_probs.dtype, log_probs.device.type, implementation)
     if module is None:
         return _eager(tokens, settings)
-    detached = tokens._replace(log_probs=log_probs.detach())
-    loss, sums = _CompiledPolicyLoss.apply(log_probs, detached, settings, module)
-    return loss, PolicySums(*sums.unbind())
+    sums, gradient = module.loss_and_gradient(tokens._replace(log_probs=log_probs.detach()), settings)
+    return _KnownGradient.apply(log_probs, sums, gradient), PolicySums._make(sums.unbind())
 
 
 def _check(tokens: PolicyTokens, mode: str, implementation: str) -> None:
     first = tokens.log_probs
     if first.dim() != 1 or not first.is_floating_point():
         raise ValueError(f"log_probs must be floating [T], not {first.dtype} {list(first.shape)}")
-    for name, value in zip(tokens._fields[1:4], tokens[1:4], strict=True):
-        _check_like(name, value, first, first.dtype)
-    for name, chosen in (("selected", tokens.selected), ("mask", tokens.mask)):
-        if chosen is not None:
-            _check_like(name, chosen, first, torch.bool)
+    dtypes = (first.dtype,) * 4 + (torch.bool,) * 2
+    shape, device = first.shape, first.device
+    for name, value, dtype in zip(tokens._fields, tokens, dtypes, strict=True):
+        if value is not None and (value.dtype is not dtype or value.shape != shape or value.device != device):
+            raise ValueError(
+                f"{name} must be {dtype} [{len(first)}] on {device} as log_probs are, "
+                f"not {value.dtype} {list(value.shape)} on {value.device}"
+            )
     check_mode(mode, tokens.selected)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def _check_like(name: str, value: Tensor, first: Tensor, dtype: torch.dtype) -> None:
-    if value.dtype is not dtype or value.shape != first.shape or value.device != first.device:
-        raise ValueError(
-            f"{name} must be {dtype} [{len(first)}] on {first.device} as log_probs are, "
-            f"not {value.dtype} {list(value.shape)} on {value.device}"
-        )
-
-
-class _CompiledPolicyLoss(torch.autograd.Function):
-    """The forward pass stores the gradient; the backward pass multiplies it by that of the loss."""
+class _KnownGradient(torch.autograd.Function):
+    """The first of the sums, of which the gradient is known; the backward pass multiplies it by that of the loss."""
 
     @staticmethod
-    def forward(
-        ctx: Any, log_probs: Tensor, tokens: PolicyTokens, settings: PolicySettings, module: ModuleType
-    ) -> tuple[Tensor, Tensor]:
-        sums, gradient = module.loss_and_gradient(tokens, settings)
+    def forward(ctx: Any, log_probs: Tensor, sums: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(sums)
-        return sums[0].to(log_probs.dtype), sums
+        return sums[0].to(log_probs.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        if grad_loss.device.type == "cpu" and grad_loss.item() == 1:  # the loss itself was differentiated
-            return gradient, None, None, None
-        return gradient * grad_loss, None, None, None
+        if grad_loss.is_cpu and grad_loss.item() == 1:  # the loss itself was differentiated
+            return gradient, None, None
+        return gradient * grad_loss, None, None
 
 
 def _eager(tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, PolicySums]:

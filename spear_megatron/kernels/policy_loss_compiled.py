@@ -52,7 +52,7 @@ def loss_and_gradient(tokens: PolicyTokens, settings: PolicySettings, isa: str =
         fp64 [6], the fields of ``PolicySums`` in their order, and the gradient of the loss by the log-probs, fp32 [T]
         (0 beside the mask).
     """
-    held = PolicyTokens(*(None if value is None else value.contiguous() for value in tokens))
+    held = PolicyTokens._make([None if value is None else value.contiguous() for value in tokens])
     gradient = torch.empty(len(held.log_probs), dtype=torch.float32)
     sums = torch.empty(NUM_SUMS, dtype=torch.float64)
     compiled_module().policy_loss(

@@ -1,4 +1,4 @@
-"""Faults of real servers: killed, hung, paused, their port taken, too slow. One server goes through all but the last."""
+"""Faults of real servers: killed, hung, paused, port taken, too slow. One server goes through all but the last."""
 
 from __future__ import annotations
 
