@@ -80,7 +80,7 @@ def test_a_server_paused_for_a_minute_is_left_alone(fleet: Fleet) -> None:
     client = ControlClient(before.url)
     with fleet.quiet():
         client.pause("retract")
-        running = in_background(generate, before.url, 8)
+        running = in_background(generate, before.url, 8, 120.0)
         time.sleep(60.0)
         assert fleet.serving() == (before,) and not running.done()
         client.resume()
