@@ -16,7 +16,7 @@ from stand_in_fleet import StandInLaunch, gone, until
 
 from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang import health
-from spear_megatron.rollout.sglang.process import LocalServer, Ports, address_of, is_free
+from spear_megatron.rollout.sglang.process import LocalServer, Ports, address_of, free_port, is_free
 
 
 def started(launch: StandInLaunch) -> LocalServer:
@@ -132,6 +132,10 @@ def test_a_taken_port_is_passed_over_and_none_is_given_twice() -> None:
     assert never.choose() == port
     with pytest.raises(EngineError, match="no free port"):
         never.choose()
+
+
+def test_a_port_leaves_room_for_the_one_that_older_servers_derive_from_it() -> None:
+    assert all(1024 <= free_port("127.0.0.1") <= 55_535 for _ in range(200))
 
 
 def test_addresses() -> None:

@@ -22,6 +22,7 @@ _TAIL_LINES = 15
 _TAIL_BYTES = 1 << 14
 _EXIT_MARGIN_S = 15.0  # what the guard may need beyond the grace: it waits at most 10 s for killed processes
 _PORT_TRIES = 20
+_HIGHEST_PORT = 65_535 - 10_000
 
 
 class ServerHandle(Protocol):
@@ -53,10 +54,18 @@ Raises EngineError or OSError when it cannot.
 
 
 def free_port(host: str) -> int:
-    """A port of ``host`` that was free a moment ago, chosen by the kernel."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port of ``host`` that was free a moment ago, chosen by the kernel.
+
+    It leaves room for the port 10,000 above, which SGLang 0.5.15 derives from it and refuses to start without, where
+    the kernel's own range has such ports.
+    """
+    for _ in range(_PORT_TRIES):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+            port = int(probe.getsockname()[1])
+        if port <= _HIGHEST_PORT:
+            break
+    return port
 
 
 def is_free(host: str, port: int) -> bool:
