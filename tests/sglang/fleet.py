@@ -55,6 +55,12 @@ def processes_of(fleet_url: str) -> list[psutil.Process]:
     raise AssertionError(f"no server at {fleet_url}")
 
 
+def commands_with(text: str) -> list[str]:
+    """Command lines of running processes that contain ``text``."""
+    commands = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    return [command for command in commands if text in command]
+
+
 def scheduler_of(processes: list[psutil.Process]) -> psutil.Process:
     """The process that computes."""
     titles = {process: " ".join(process.cmdline()) for process in processes[1:]}

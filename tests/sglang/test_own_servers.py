@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fleet import launch_config, processes_of, until
+from fleet import commands_with, launch_config, processes_of, until
 
 from spear_megatron.__main__ import main
 from spear_megatron.cli.agents import load_renderer, open_agents, samplings
@@ -78,8 +78,7 @@ def test_a_run_with_a_server_of_its_own_takes_turns_with_it(tiny_folder: Path, t
     assert turns == ["release", "resume", update] * 3
     releases = [index for index, word in enumerate(asked) if word.startswith("release")]
     assert all(asked[index - 1] == "flush_cache?timeout" for index in releases)
-    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    assert not [command for command in commands if str(run_dir) in command]
+    assert not commands_with(str(run_dir))
 
 
 @pytest.mark.slow
