@@ -86,25 +86,36 @@ def _machine_warnings() -> list[str]:
     return [f"{part.name} is installed and not used, {part.reason}: the plain layers serve. {part.remedy}"]
 
 
-def print_plan(config: Config) -> None:
+def print_plan(config: Config, work: str | None = None) -> None:
     """The resolved configuration as YAML and what follows from it, as comments."""
     from spear_megatron.config.describe import to_yaml
+
+    print(to_yaml(config), end="")
+    for line in plan_lines(config, work):
+        print(f"# {line}")
+
+
+def plan_lines(config: Config, work: str | None = None) -> list[str]:
+    """Model, layout and what is done with them: ``work``, or if None the size of a training step."""
     from spear_megatron.model.shape import ModelShape
 
     shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
-    megatron = config.actor_rollout_ref.actor.megatron
+    megatron, trainer = config.actor_rollout_ref.actor.megatron, config.trainer
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    print(to_yaml(config), end="")
-    print(f"# model: {shape.architecture}, {shape.num_parameters():,} parameters, {shape.num_layers} layers")
     context = f"x context {megatron.context_parallel_size} " if megatron.context_parallel_size > 1 else ""
-    print(
-        f"# layout: {world} ranks = tensor {megatron.tensor_model_parallel_size} x pipeline "
-        f"{megatron.pipeline_model_parallel_size} {context}x data {world // megatron.model_parallel_size}"
-    )
-    print(
-        f"# step: {config.data.train_batch_size} prompts x {config.actor_rollout_ref.rollout.n} samples, "
-        f"{config.trainer.total_training_steps} steps, results in {config.trainer.default_local_dir}"
-    )
+    step = f"{config.data.train_batch_size} prompts x {config.actor_rollout_ref.rollout.n} samples"
+    return [
+        f"model: {shape.architecture}, {shape.num_parameters():,} parameters, {shape.num_layers} layers",
+        f"layout: {world} ranks = tensor {megatron.tensor_model_parallel_size} x pipeline "
+        f"{megatron.pipeline_model_parallel_size} {context}x data {world // megatron.model_parallel_size}",
+        f"{work or f'step: {step}, {trainer.total_training_steps} steps'}, results in {trainer.default_local_dir}",
+    ]
+
+
+def announce(config: Config, work: str | None = None) -> None:
+    """Say what is about to be loaded and run, once for all ranks: until the first step of a large model takes minutes."""
+    if "console" in config.trainer.logger and os.environ.get("RANK", "0") == "0":
+        print("\n".join(plan_lines(config, work)), flush=True)
 
 
 def save_resolved(config: Config) -> None:

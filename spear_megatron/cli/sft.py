@@ -24,18 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train on ``sft.train_files`` or on demonstrations of the built-in tasks, then export."""
     config = as_supervised(load_config(args))
-    from spear_megatron.cli.preflight import check_before_start, check_machine, machine_notes, print_plan
+    from spear_megatron.cli.preflight import announce, check_before_start, check_machine, machine_notes, print_plan
     from spear_megatron.data.dali import dali_modules
 
     check_before_start(config)
     if config.sft.data_source == "dali":
         dali_modules()
+    work = f"step: {config.sft.train_batch_size} conversations, {config.sft.total_training_steps} steps"
     if args.dry_run:
-        print_plan(config)
-        for line in machine_notes(config):
+        from spear_megatron.cli.data_check import conversation_lines
+
+        data = conversation_lines(config)
+        print_plan(config, work)
+        for line in (*data, *machine_notes(config)):
             print(f"# {line}")
         return 0
     check_machine(config)
+    announce(config, work)
     fine_tune(config)
     return 0
 
@@ -85,11 +90,23 @@ def fine_tune(config: Config) -> None:
                         save_freq=config.sft.save_freq,
                     )
                 )
-        export_hf(actor.chunks, shape, parallel, Path(config.sft.default_local_dir) / "hf", folder)
+        export = Path(config.sft.default_local_dir) / "hf"
+        export_hf(actor.chunks, shape, parallel, export, folder)
+        if parallel.rank == 0 and "console" in config.trainer.logger:
+            print(f"done: {steps} steps, the model is in {export}")
 
 
 def as_supervised(config: Config) -> Config:
-    """The configuration with the ``sft.*`` values in the places that supervised training reads."""
+    """The configuration with the ``sft.*`` values in the places that supervised training reads.
+
+    Raises:
+        ValueError: the warm-up takes all of the steps.
+    """
+    if config.sft.lr_warmup_steps >= config.sft.total_training_steps:
+        raise ValueError(
+            f"sft.lr_warmup_steps={config.sft.lr_warmup_steps} leaves nothing of sft.total_training_steps="
+            f"{config.sft.total_training_steps}: lower it, or take more steps"
+        )
     actor = config.actor_rollout_ref.actor
     optim = dataclasses.replace(
         actor.optim,
