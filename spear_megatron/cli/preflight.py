@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spear_megatron.config.schema import Config
@@ -115,7 +115,31 @@ def plan_lines(config: Config, work: str | None = None) -> list[str]:
 def announce(config: Config, work: str | None = None) -> None:
     """Say what is about to be loaded and run, once for all ranks: until the first step of a large model takes minutes."""
     if "console" in config.trainer.logger and os.environ.get("RANK", "0") == "0":
-        print("\n".join(plan_lines(config, work)), flush=True)
+        print("\n".join([*plan_lines(config, work), *changed_lines(config)]), flush=True)
+
+
+def changed_lines(config: Config) -> list[str]:
+    """Keys whose values differ from those that the run directory was last used with, on one line; none for a new one."""
+    from spear_megatron.config.describe import to_yaml
+
+    path = Path(config.trainer.default_local_dir) / "config.yaml"
+    if not path.is_file():
+        return []
+    before, now = _leaves(path.read_text(encoding="utf-8")), _leaves(to_yaml(config))
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    return [f"changed since the last start: {', '.join(changed)}"] if changed else []
+
+
+def _leaves(text: str) -> dict[str, Any]:
+    """Values of a YAML mapping by their dotted keys."""
+    import yaml
+
+    def walk(value: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {prefix: value}
+        return {key: leaf for name, part in value.items() for key, leaf in walk(part, f"{prefix}.{name}").items()}
+
+    return {key.removeprefix("."): leaf for key, leaf in walk(yaml.safe_load(text), "").items()}
 
 
 def save_resolved(config: Config) -> None:

@@ -111,7 +111,7 @@ class PromptSource:
         if state["fingerprint"] != self._fingerprint():
             raise ValueError(
                 "cannot resume the prompt source: the prompts differ from those of the original run; "
-                "resume with its data files and data.* keys"
+                "resume with its data files and data.* keys, or begin a run in another trainer.default_local_dir"
             )
         self._order.load_state_dict(state["order"])
         self._returned = [int(index) for index in state.get("returned", ())]

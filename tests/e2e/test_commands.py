@@ -164,6 +164,29 @@ def test_a_stop_signal_saves_and_the_same_command_continues(run_dir: Path, sft_d
     assert_same_model(tmp_path / "hf", run_dir / "hf")
 
 
+def test_chat_with_an_environment_that_needs_more_than_a_text(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hf").symlink_to(model)
+    (tmp_path / "config.yaml").write_text("env: {name: grid_world}\ndata: {max_response_length: 16}\n")
+    assert main(["chat", str(tmp_path), "--message", "hello"]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "infrastructure: environment reset: " in told and "an empty prompt.extra" in told
+
+
+def test_a_start_in_a_used_folder_names_the_keys_that_changed(tmp_path: Path) -> None:
+    from spear_megatron.cli.preflight import changed_lines, save_resolved
+
+    folder = f"trainer.default_local_dir={tmp_path}"
+    old = load(Config, None, [folder, "reward.kwargs={wrong: -1}"])
+    assert changed_lines(old) == []
+    save_resolved(old)
+    assert changed_lines(old) == []
+    new = load(Config, None, [folder, "reward.kwargs={wrong: 0}", "data.shuffle=false"])
+    told = "changed since the last start: data.shuffle True -> False, reward.kwargs.wrong -1 -> 0"
+    assert changed_lines(new) == [told]
+
+
 @pytest.mark.parametrize("name", ["train", "sft", "evaluate"])
 def test_dry_run_prints_the_plan_and_touches_nothing(
     name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
