@@ -113,13 +113,13 @@ def plan_lines(config: Config, work: str | None = None) -> list[str]:
 
 
 def announce(config: Config, work: str | None = None) -> None:
-    """Say what is about to be loaded and run, once for all ranks: until the first step of a large model takes minutes."""
+    """Say what is about to be loaded and run, once for all ranks: a large model takes minutes to its first step."""
     if "console" in config.trainer.logger and os.environ.get("RANK", "0") == "0":
         print("\n".join([*plan_lines(config, work), *changed_lines(config)]), flush=True)
 
 
 def changed_lines(config: Config) -> list[str]:
-    """Keys whose values differ from those that the run directory was last used with, on one line; none for a new one."""
+    """Keys whose values differ from those that the run directory was last used with, on one line; or nothing."""
     from spear_megatron.config.describe import to_yaml
 
     path = Path(config.trainer.default_local_dir) / "config.yaml"

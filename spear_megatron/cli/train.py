@@ -6,6 +6,12 @@ import argparse
 
 from spear_megatron.cli.common import add_config_arguments, load_config
 
+INTERRUPTED = (
+    "interrupted: the same command continues from the newest checkpoint, if trainer.save_freq made one "
+    "(SIGTERM saves first)"
+)
+"""What is said of Ctrl-C."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``train`` to ``parser``."""

@@ -69,6 +69,8 @@ _BY_HAND: Mapping[str, str] = {
     f"{ROLLOUT}.gpu_memory_utilization": f"{ROLLOUT}.sglang.launch.args={{mem-fraction-static: 0.6}}",
     f"{ROLLOUT}.tensor_model_parallel_size": f"{ROLLOUT}.sglang.launch.tp_size",
     f"{ROLLOUT}.val_kwargs.do_sample": f"{ROLLOUT}.val_kwargs.temperature=0 is greedy, anything above it samples",
+    f"{ROLLOUT}.multi_turn.max_turns": f"{ROLLOUT}.multi_turn.max_assistant_turns",
+    f"{ROLLOUT}.multi_turn.tool_config_path": "env.name may be module:attribute, an environment with own tools",
     f"{ROLLOUT}.multi_turn.max_user_turns": f"{ROLLOUT}.multi_turn.max_assistant_turns bounds the model's turns",
     "custom_reward_function.name": "reward.name may be module:attribute, with the module's folder on PYTHONPATH",
     "custom_reward_function.path": "reward.name may be module:attribute, with the module's folder on PYTHONPATH",

@@ -34,8 +34,9 @@ _OF_TRAINED_TOKENS = ("actor/entropy", "training/rollout_logp_abs_diff/mean")
 
 
 def _why_idle(metrics: Mapping[str, float]) -> str:
-    filters = {name: metrics.get(f"filter/{name}", 0.0) for name in ("overlong", "incomplete", "repetitive", "unreadable")}
-    told = [f"{_percent(share)} of the trajectories {name}" for name, share in filters.items() if share > 0]
+    names = ("overlong", "incomplete", "repetitive", "unreadable")
+    shares = {name: metrics.get(f"filter/{name}", 0.0) for name in names}
+    told = [f"{_percent(share)} of the trajectories {name}" for name, share in shares.items() if share > 0]
     return ", ".join(told) or "nothing to train on"
 
 
@@ -46,6 +47,8 @@ def step_line(step: int, metrics: Mapping[str, float]) -> str:
     parts = [f"{label} {show(metrics[name])}" for name, label, show in shown]
     if idle:
         parts.append("no update: " + _why_idle(metrics))
+    if metrics.get("stop/infrastructure", 0.0) > 0:
+        parts.append(f"lost to failures {_percent(metrics['stop/infrastructure'])}")
     for name in sorted(metrics):
         if name.startswith("val/") and name.endswith("/success_rate"):
             parts.append(f"{name} {_percent(metrics[name])}")

@@ -129,7 +129,8 @@ def header(item: KeptTrajectory) -> Text:
     rest = item.reward - parts.outcome - parts.penalty
     shaping = f", shaping {rest:+.3f} (tool calls, format, KL)" if abs(rest) >= 5e-4 else ""  # not of NaN
     text.append(
-        f"reward {item.reward:+.3f} = outcome {parts.outcome:+g}, penalty {parts.penalty:+g}{shaping}\n{run.num_turns} turns, {run.num_tool_calls} tool calls "
+        f"reward {item.reward:+.3f} = outcome {parts.outcome:+g}, penalty {parts.penalty:+g}{shaping}\n"
+        f"{run.num_turns} turns, {run.num_tool_calls} tool calls "
         f"({run.num_tool_failures} failed), {trained} of {total} tokens trained on",
         style="not bold",
     )
