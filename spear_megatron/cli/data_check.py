@@ -30,7 +30,7 @@ def task_lines(config: Config, *, trains: bool = True) -> list[str]:
     wanted: dict[Split, bool] = {"train": trains, "val": not trains or validates(config)}
     counts: dict[Split, int] = {}
     for split in (split for split, asked in wanted.items() if asked):
-        missing = [path for path in config.data.files(split) or () if not Path(path).is_file()]
+        missing = [path for path in config.data.files(split) or () if not Path(path).exists()]
         if missing:
             notes.append(f"not here and not checked: data.{split}_files {', '.join(missing)}")
         elif renderer is None:

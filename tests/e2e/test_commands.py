@@ -229,6 +229,7 @@ BAD_COMMANDS = {
     "wrong type": (["sft", "sft.lr=fast"], "sft.lr"),
     "warm-up": (["sft", "{model}", "sft.total_training_steps=2"], "sft.lr_warmup_steps=5"),
     "task row": (["train", "--dry-run", "{model}", *SMALL, "data.train_files={row}", *UNVALIDATED], "row.jsonl:1"),
+    "task folder": (["train", "--dry-run", "{model}", *SMALL, "data.train_files={empty}", *UNVALIDATED], "{empty}"),
     "prompt": (["train", "--dry-run", "{model}", *SMALL, "data.max_prompt_length=5"], "data.max_prompt_length=5"),
     "conversation": (["sft", "--dry-run", "{model}", *SMALL, "sft.train_files={row}"], "row.jsonl:1"),
     "no model": (["train"], "actor_rollout_ref.model.path"),
