@@ -43,9 +43,18 @@ def open_rollout_servers(
 
 
 def server_spec(config: Config, parallel: ParallelState, shape: ModelShape, max_model_len: int) -> ServerSpec:
-    """What a started server serves."""
+    """What a started server serves.
+
+    Raises:
+        ValueError: weights cannot reach servers on the trainer's GPUs in the way that is configured.
+    """
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
     on_cpu = computes_on_cpu(rollout.sglang.launch, parallel)
+    if rollout.sglang.colocated and not on_cpu and rollout.sglang.weights.way == "distributed":
+        raise ValueError(
+            "actor_rollout_ref.rollout.sglang.weights.way=distributed makes a group of trainer and servers, and NCCL "
+            "takes no two members on one GPU, which colocated=true asks for: set way=tensor or way=disk"
+        )
     return ServerSpec(
         model_path=model.path,
         dtype=str(model.torch_dtype).removeprefix("torch."),
