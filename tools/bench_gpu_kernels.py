@@ -3,7 +3,7 @@
     python tools/bench_gpu_kernels.py --json outputs/bench/gpu_kernels.json
 
 Every contender runs once per round, timed by CUDA events on logits of its own, after a buffer larger than the L2 cache
-was overwritten; figures are medians over the rounds. The fraction is (bytes that the pass must move / time) / (copy
+was read; figures are medians over the rounds. The fraction is (bytes that the pass must move / time) / (copy
 bandwidth of the same rounds): the forward pass reads the logits once, the backward pass reads and writes them once.
 Selection by covariance and policy loss follow (bench_gpu_policy.py), in microseconds.
 """
@@ -69,20 +69,24 @@ def megatron_cross_entropy() -> Function | str:
 
 
 class Clock:
-    """Milliseconds of device work, each time with a cold L2 cache."""
+    """Milliseconds of device work, each time with a cold L2 cache.
+
+    What evicts the cache's content is read, not written: the write-back of a cache full of new values would fall into
+    the time of whoever comes next. It takes the device longer than the host needs to hand over most contenders.
+    """
 
     def __init__(self) -> None:
         import torch
 
         properties = torch.cuda.get_device_properties(0)
-        size = max(4 * getattr(properties, "L2_cache_size", 0), 256 << 20)
-        self._flush = torch.empty(size, dtype=torch.int8, device="cuda")
+        size = max(4 * getattr(properties, "L2_cache_size", 0), 512 << 20)
+        self._flush = torch.zeros(size // 4, dtype=torch.float32, device="cuda")
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def time(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Milliseconds from first to last kernel of ``work``, and what it returned."""
         started, ended = self._events
-        self._flush.zero_()
+        self._flush.sum()
         started.record()
         result = work()
         ended.record()

@@ -1,4 +1,4 @@
-"""The GPU benchmarks and the GPU check on machines without a device: every contender on the emulation, every step's plan."""
+"""The GPU benchmarks and the GPU check without a device: every contender on the emulation, every step of the check."""
 
 from __future__ import annotations
 
