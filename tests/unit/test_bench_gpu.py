@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -133,12 +133,16 @@ def test_the_check_builds_anew_or_takes_the_library_as_it_is(
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not on PATH")
-def test_make_takes_python3_where_there_is_no_environment() -> None:
+def test_make_takes_python3_where_there_is_no_environment(tmp_path: Path) -> None:
     def command(*settings: str) -> str:
-        made = subprocess.run(["make", "-n", "gpu-check", *settings], cwd=REPOSITORY, capture_output=True, text=True)
+        variables = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "VENV")}
+        made = subprocess.run(
+            ["make", "-n", "gpu-check", *settings], cwd=REPOSITORY, env=variables, capture_output=True, text=True
+        )
         return made.stdout.split()[0]
 
-    assert command("VENV=/no/such/folder") == "python3"
-    assert command("VENV=/no/such/folder", "PYTHON=/opt/python3.12") == "/opt/python3.12"
-    environment = Path(sys.executable).parents[1]
-    assert command(f"VENV={environment}") == f"{environment}/bin/python"
+    assert command(f"VENV={tmp_path}") == "python3"
+    assert command(f"VENV={tmp_path}", "PYTHON=/opt/python3.12") == "/opt/python3.12"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    assert command(f"VENV={tmp_path}") == f"{tmp_path}/bin/python"

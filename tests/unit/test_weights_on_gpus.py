@@ -40,17 +40,36 @@ def test_a_broken_nccl_group_is_aborted_instead_of_waited_for(
     assert left == [(expected, group._group)] and told == ["g"]
 
 
-@pytest.mark.parametrize(("on_cuda", "way", "refused"), [(True, "distributed", True), (True, "tensor", False),
-                                                         (False, "distributed", False)])  # fmt: skip
-def test_no_nccl_group_with_servers_on_the_trainers_gpus(on_cuda: bool, way: str, refused: bool) -> None:
+IPC = ("sglang.weights.transport=cuda_ipc", "sglang.colocated=true")
+ONE_MACHINE = {"is_cuda": True, "world_size": 8, "dp_size": 4, "tp_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "refused"),
+    [
+        (ONE_MACHINE, ("sglang.colocated=true", "sglang.weights.way=distributed"), "no two members on one GPU"),
+        (ONE_MACHINE, ("sglang.weights.way=distributed",), ""),
+        (ONE_MACHINE, ("sglang.colocated=true", "sglang.weights.way=tensor"), ""),
+        (ONE_MACHINE | {"is_cuda": False}, ("sglang.colocated=true", "sglang.weights.way=distributed"), ""),
+        (ONE_MACHINE, (*IPC, "sglang.launch.tp_size=8"), ""),
+        (ONE_MACHINE, (*IPC, "sglang.launch.tp_size=7"), ""),  # the last leader is on GPU 6
+        (ONE_MACHINE, (*IPC, "sglang.launch.tp_size=6"), "takes in GPU 6"),
+        (ONE_MACHINE, (*IPC, "sglang.launch.tp_size=8", "sglang.launch.num_servers=2"), "no GPUs but its own"),
+        (ONE_MACHINE, (IPC[0], "sglang.launch.tp_size=8"), "colocated=true with one server"),
+        (ONE_MACHINE | {"world_size": 16}, (*IPC, "sglang.launch.tp_size=8"), "on one machine"),
+    ],
+)
+def test_ways_of_weights_that_cannot_work_are_refused(
+    place: dict[str, Any], options: tuple[str, ...], refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     key = "actor_rollout_ref.rollout"
-    config = load(
-        Config, None, [f"{key}.name=sglang", f"{key}.sglang.colocated=true", f"{key}.sglang.weights.way={way}"]
-    )
-    parallel: Any = SimpleNamespace(platform=SimpleNamespace(is_cuda=on_cuda))
+    config = load(Config, None, [f"{key}.name=sglang", *(f"{key}.{option}" for option in options)])
+    platform = SimpleNamespace(is_cuda=place["is_cuda"])
+    parallel: Any = SimpleNamespace(platform=platform, cp_size=1, **{k: v for k, v in place.items() if k != "is_cuda"})
     shape: Any = SimpleNamespace(max_position_embeddings=512)
     if refused:
-        with pytest.raises(ValueError, match="way=distributed .* no two members on one GPU.* way=tensor"):
+        with pytest.raises(ValueError, match=refused):
             server_spec(config, parallel, shape, 256)
     else:
-        assert server_spec(config, parallel, shape, 256).on_cpu is not on_cuda
+        assert server_spec(config, parallel, shape, 256).on_cpu is not place["is_cuda"]
