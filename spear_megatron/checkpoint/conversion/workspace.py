@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import IO, Any
 
 from spear_megatron.data.files import FileSystem, hash_file
 from spear_megatron.observability.files import write_atomically
+from spear_megatron.parallel.paths import check_output_folder
 
 JOB_NAME = "job.json"
 
@@ -138,8 +140,9 @@ class Workspace:
 
 def check_new(out: Path) -> None:
     """Refuse an output folder that holds something (ValueError)."""
-    if out.exists() and (not out.is_dir() or next(out.iterdir(), None) is not None):
+    if os.path.lexists(out) and (not out.is_dir() or next(out.iterdir(), None) is not None):
         raise ValueError(f"{out} exists and is not empty: give a new folder")
+    check_output_folder(out, "--out")
 
 
 def _read_json(path: Path) -> Any:
