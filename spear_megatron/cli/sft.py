@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     check_places(config, folder, key)
     if config.sft.save_freq < 0 and any(Path(folder, "checkpoints").glob("step_*")):
         raise ValueError(
-            f"{key}={folder} holds the checkpoints of a run, whose record would go: name another folder, or continue it "
-            "with sft.save_freq above 0"
+            f"{key}={folder} holds the checkpoints of a run, whose record would go: name another folder, or "
+            "continue it with sft.save_freq above 0"
         )
     fine_tune(config)
     return 0
@@ -101,7 +101,7 @@ def check_sft_warmup(config: Config) -> None:
     warmup, steps = config.sft.lr_warmup_steps, config.sft.total_training_steps
     if warmup >= steps:
         raise ValueError(
-            f"sft.lr_warmup_steps={warmup} leaves nothing of sft.total_training_steps={steps}: lower it, or raise the steps"
+            f"sft.lr_warmup_steps={warmup} leaves nothing of sft.total_training_steps={steps}: lower it, or raise these"
         )
 
 

@@ -183,8 +183,8 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise ValueError(f"layer_types {layer_types!r}: only a list of full_attention layers is supported")
     if layer_types is not None and len(layer_types) != config.get("num_hidden_layers"):
         raise ValueError(
-            f"layer_types names {len(layer_types)} layers, but num_hidden_layers is {config.get('num_hidden_layers')!r}: "
-            "restore config.json"
+            f"layer_types names {len(layer_types)} layers, but num_hidden_layers is "
+            f"{config.get('num_hidden_layers')!r}: restore config.json"
         )
     if _flag(config, "use_sliding_window") and not layer_types:
         # without layer_types, layers from max_window_layers on use the window

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from spear_megatron.observability.console import ConsoleLog
 from spear_megatron.observability.schema import HEADER_KEYS, SCHEMA_VERSION, check_names
 from spear_megatron.observability.step_lines import StepLines, read_step_lines
-from spear_megatron.parallel.paths import check_input_folder
 
 RECORD_NAME = "metrics.jsonl"
 LOGGERS = ("console", "tensorboard", "jsonl")
@@ -134,7 +133,7 @@ def read_record(run_dir: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: the folder has no record.
         ValueError: another line is damaged, or the record has a newer schema version.
     """
-    path = check_input_folder(run_dir, "give the directory of a run") / RECORD_NAME
+    path = Path(run_dir) / RECORD_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {run_dir} is not the directory of a run that recorded a step")
     return read_step_lines(path, SCHEMA_VERSION)

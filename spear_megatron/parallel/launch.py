@@ -49,5 +49,6 @@ def _number(name: str, default: int, *, least: int) -> int:
     if text is None:
         return default
     if not text.strip().isdecimal() or int(text) < least:
-        raise ValueError(f"the environment variable {name} must be an integer of at least {least}, got {text!r}: {_REMEDY}")
+        wanted = f"the environment variable {name} must be an integer of at least {least}"
+        raise ValueError(f"{wanted}, got {text!r}: {_REMEDY}")
     return int(text)

@@ -26,9 +26,14 @@ _NAME_SHOWN = 200
 
 
 def os_error_text(error: OSError) -> str | None:
-    """The file, what is wrong with it and what to do, in one sentence; None if the error tells no file and number."""
+    """The file, what is wrong with it and what to do, in one sentence; None if the error tells no file and number.
+
+    Writing to an open file knows its name no more: of a full disk it is told without.
+    """
     name = error.filename2 if error.filename2 is not None else error.filename
     problem = _PROBLEMS.get(error.errno or 0)
+    if name is None and error.errno in NO_ROOM:
+        return f"an output {problem}"
     if problem is None or not isinstance(name, (str, bytes, os.PathLike)):
         return None
     text = os.fsdecode(name)
@@ -69,8 +74,17 @@ def check_output_folder(path: str | Path, key: str, *, new: bool = False) -> Non
     folder = Path(os.path.abspath(path))
     if new and os.path.lexists(folder):
         raise ValueError(f"{key}: {path} exists: name a new folder, or remove it")
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    there = next(place for place in (folder, *folder.parents) if _exists(place))
     if not there.is_dir():
         raise ValueError(f"{key}={path} cannot be a folder, {there} is a file or a broken link: name another place")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{key}={path} cannot be written, {there} gives no permission or is read-only: name another")
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there, a broken link too. Raises OSError for a name that nothing can have."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
