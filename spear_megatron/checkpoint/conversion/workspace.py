@@ -19,7 +19,6 @@ from typing import IO, Any
 
 from spear_megatron.data.files import FileSystem, hash_file
 from spear_megatron.observability.files import write_atomically
-from spear_megatron.parallel.paths import check_output_folder
 
 JOB_NAME = "job.json"
 
@@ -142,7 +141,6 @@ def check_new(out: Path) -> None:
     """Refuse an output folder that holds something (ValueError)."""
     if os.path.lexists(out) and (not out.is_dir() or next(out.iterdir(), None) is not None):
         raise ValueError(f"{out} exists and is not empty: give a new folder")
-    check_output_folder(out, "--out")
 
 
 def _read_json(path: Path) -> Any:
