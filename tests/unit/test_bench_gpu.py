@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +86,27 @@ def test_every_contender_of_the_policy_loss_runs(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+def test_the_contenders_of_the_training_step_compute_the_same(tmp_path: Path) -> None:
+    report = tmp_path / "step.json"
+    settings = ["--model", "tiny", "--rows", "3", "--length", "48", "--micro-batch-tokens", "96", "--steps", "1"]
+    command = [sys.executable, "tools/bench_step.py", *settings, "--phases", "1", "--json", str(report)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())["results"]["tiny"]
+    ours, *peers = result["contenders"].values()
+    assert len(peers) == 2 and ours["mfu"] is None and ours["peak_gib"] is None  # no device
+    for item in (ours, *peers):
+        assert item["entropy"] == pytest.approx(ours["entropy"], rel=1e-5)
+        assert item["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
+        assert item["tflops"] * 1e12 == pytest.approx(result["operations"] / item["seconds"])
+        assert item["share_of_products"] == pytest.approx(item["tflops"] / result["products_tflops"])
+    # 6 per weight of the layers and token, causal attention, and the head for the 16 sampled tokens of each row
+    layer = 64 * (64 + 2 * 32 + 64) + 64 + 2 * 32 + 3 * 64 * 128 + 2 * 64
+    attention = 3 * 2 * 2 * 64 * 48
+    assert result["operations"] == 3 * 48 * (6 * (2 * layer + 64) + attention) + 6 * 3 * 16 * 512 * 64
+
+
 def test_the_check_says_what_a_machine_lacks(
     tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -107,9 +130,9 @@ def test_the_check_says_what_a_machine_lacks(
     assert check.unfit_machine() == ""
 
 
-@pytest.mark.parametrize("nvcc", ["/usr/bin/nvcc", None])
+@pytest.mark.parametrize(("nvcc", "absent"), [("/usr/bin/nvcc", ""), (None, ""), (None, "megatron")])
 def test_the_check_builds_anew_or_takes_the_library_as_it_is(
-    tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nvcc: str | None
+    tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nvcc: str | None, absent: str
 ) -> None:
     check = tool("gpu_check")
     library, runs = tmp_path / "_cuda.so", list[tuple[str, bool, dict[str, str] | None]]()
@@ -120,7 +143,9 @@ def test_the_check_builds_anew_or_takes_the_library_as_it_is(
         runs.append((name, library.exists(), variables))
         return check.Step(name, True, 1.0, "")
 
-    for name, value in (("unfit_machine", str), ("find_nvcc", lambda: nvcc), ("run", run)):
+    for name, value in (
+        ("unfit_machine", str), ("find_nvcc", lambda: nvcc), ("run", run), ("missing_of", lambda modules: absent)
+    ):  # fmt: skip
         monkeypatch.setattr(check, name, value)
     monkeypatch.setattr(check, "LIBRARY", library)
     monkeypatch.setattr(check, "OUTPUT", tmp_path)
@@ -129,6 +154,7 @@ def test_the_check_builds_anew_or_takes_the_library_as_it_is(
         ("build", nvcc is None, {"SPEAR_CUDA": "0" if nvcc is None else "1"}),
         ("tests", nvcc is None, None),
         ("benchmark", nvcc is None, None),
+        *([] if absent else [("training step", nvcc is None, None)]),
     ]
 
 
