@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args)
     choice = engine_choice(args, config)
     config = as_evaluation(config, args, choice)
-    from spear_megatron.cli.preflight import check_agents, check_before_start, print_plan
+    from spear_megatron.cli.preflight import check_agents, check_before_start, check_places, print_plan
 
     check_out(Path(args.out))
     check_before_start(config)
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         print_plan(config, f"evaluation: {config.actor_rollout_ref.rollout.val_kwargs.n} samples of each held-out task")
         print("\n".join(f"# {line}" for line in data))
         return 0
+    check_places(config, args.out, "--out", weights=choice.kind == "embedded")
     from spear_megatron.cli.evaluation import run_evaluation
 
     run_evaluation(config, choice, Path(args.out))

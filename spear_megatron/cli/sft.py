@@ -24,9 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train on ``sft.train_files`` or on demonstrations of the built-in tasks, then export."""
     config = as_supervised(load_config(args))
-    from spear_megatron.cli.preflight import announce, check_before_start, check_machine, machine_notes, print_plan
+    from spear_megatron.cli.preflight import (
+        announce,
+        check_before_start,
+        check_machine,
+        check_places,
+        machine_notes,
+        print_plan,
+    )
     from spear_megatron.data.dali import dali_modules
 
+    folder, key = config.sft.default_local_dir, "sft.default_local_dir"
+    check_sft_warmup(config)
     check_before_start(config)
     if config.sft.data_source == "dali":
         dali_modules()
@@ -36,10 +45,16 @@ def run(args: argparse.Namespace) -> int:
 
         data = conversation_lines(config)
         print_plan(config, work)
-        for line in (*data, *machine_notes(config)):
+        for line in (*data, *machine_notes(config, folder, key)):
             print(f"# {line}")
         return 0
     check_machine(config)
+    check_places(config, folder, key)
+    if config.sft.save_freq < 0 and any(Path(folder, "checkpoints").glob("step_*")):
+        raise ValueError(
+            f"{key}={folder} holds the checkpoints of a run, whose record would go: name another folder, or "
+            "continue it with sft.save_freq above 0"
+        )
     announce(config, work)
     fine_tune(config)
     return 0
@@ -64,7 +79,7 @@ def fine_tune(config: Config) -> None:
     folder, steps = config.actor_rollout_ref.model.path, config.sft.total_training_steps
     optim = config.actor_rollout_ref.actor.optim
     shape = ModelShape.from_folder(folder)
-    corpus = load_corpus(config, load_renderer(folder))
+    corpus = load_corpus(config, load_renderer(folder, shape.vocab_size))
     with open_parallel(config) as parallel:
         actor, _ = build_actor(config, parallel, shape, optim, steps)
         reading = Reading(
@@ -96,17 +111,17 @@ def fine_tune(config: Config) -> None:
             print(f"done: {steps} steps, the model is in {export}")
 
 
-def as_supervised(config: Config) -> Config:
-    """The configuration with the ``sft.*`` values in the places that supervised training reads.
-
-    Raises:
-        ValueError: the warm-up takes all of the steps.
-    """
-    if config.sft.lr_warmup_steps >= config.sft.total_training_steps:
+def check_sft_warmup(config: Config) -> None:
+    """The warm-up must end within the run. Raises ValueError, with the keys of this command."""
+    warmup, steps = config.sft.lr_warmup_steps, config.sft.total_training_steps
+    if warmup >= steps:
         raise ValueError(
-            f"sft.lr_warmup_steps={config.sft.lr_warmup_steps} leaves nothing of sft.total_training_steps="
-            f"{config.sft.total_training_steps}: lower it, or take more steps"
+            f"sft.lr_warmup_steps={warmup} leaves nothing of sft.total_training_steps={steps}: lower it, or raise these"
         )
+
+
+def as_supervised(config: Config) -> Config:
+    """The configuration with the ``sft.*`` values in the places that supervised training reads."""
     actor = config.actor_rollout_ref.actor
     optim = dataclasses.replace(
         actor.optim,
