@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        return complain("interrupted", 130)
+        return complain(getattr(module, "INTERRUPTED", "interrupted"), 130)
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise

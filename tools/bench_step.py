@@ -244,7 +244,9 @@ def measure(folder: str, arguments: argparse.Namespace, vocab_size: int) -> dict
 def print_table(model: str, result: dict[str, Any]) -> None:
     """One line per contender, as a Markdown table."""
     print(f"\n{model}: products of matrices {result['products_tflops']:.2f} TFLOP/s")
-    print("| contender | s per step | tokens/s | TFLOP/s | of products | MFU | peak GiB | time / ours | entropy | norm |")
+    columns = "contender | s per step | tokens/s | TFLOP/s | of products | MFU | peak GiB | "
+    columns += "time / ours | entropy | norm"
+    print(f"| {columns} |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     ours = result["contenders"][OURS]["seconds"]
     for name, item in result["contenders"].items():

@@ -98,8 +98,8 @@ class AlgorithmConfig:
         kl_penalty: estimator of that KL, a name of :data:`spear_megatron.algorithms.kl.KL_KINDS`.
         use_toolcall_reward: intrinsic reward for tool calls: none, constant, or cosine, which fades out.
         max_toolcall_steps: step T_d at which the cosine tool-call reward has faded to 0.
-        toolcall_reward_form: per_turn counts turns with a call, per_call calls that were run, any_if_correct (the
-            Qwen3 form) gives solved trajectories 1 for using the tool at all and others the per_turn reward.
+        toolcall_reward_form: per_turn gives 0.1 for each turn with a call, per_call 0.1 for each call that was run,
+            any_if_correct (the Qwen3 form) solved trajectories 1 for using the tool at all and others as per_turn.
         toolcall_reward_max: most that the tool calls of one trajectory can earn, before the schedule.
         format_reward: reward of a trajectory without an invalid action (the paper's figure has 0.1; 0 is off).
         filter_overlong_responses: trajectories that hit the length or turn limit carry no loss.

@@ -11,6 +11,7 @@ from pathlib import Path
 from spear_megatron.algorithms.schedules import ScheduledCurriculum
 from spear_megatron.checkpoint.manager import CheckpointManager
 from spear_megatron.cli.agents import canonical_answer_of, load_episode_prompts, load_renderer, open_agents, samplings
+from spear_megatron.cli.data_check import validates
 from spear_megatron.cli.servers import Publishing, shared_gpus
 from spear_megatron.cli.session import StopFlag, open_parallel, open_record
 from spear_megatron.cli.weights import open_publish
@@ -105,8 +106,7 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
     shape = ModelShape.from_folder(model)
     renderer = load_renderer(model, shape.vocab_size)
     train_prompts = load_episode_prompts(config, "train", renderer)
-    validates = config.trainer.test_freq > 0 or config.trainer.val_before_train
-    val_prompts = load_episode_prompts(config, "val", renderer) if validates else []
+    val_prompts = load_episode_prompts(config, "val", renderer) if validates(config) else []
     with contextlib.ExitStack() as stack:
         parallel = stack.enter_context(open_parallel(config))
         agents = stack.enter_context(open_agents(config, parallel, renderer, shape))

@@ -31,12 +31,15 @@ def run(args: argparse.Namespace) -> int:
     settings = folder / "config.yaml"
     overrides = [f"actor_rollout_ref.model.path={model}"]
     config = load(Config, settings if settings.is_file() else None, overrides)
-    converse(config, args.temperature, args.message)
-    return 0
+    failed = converse(config, args.temperature, args.message)
+    return 1 if failed and args.message is not None else 0
 
 
-def converse(config: Config, temperature: float, messages: list[str] | None) -> None:
+def converse(config: Config, temperature: float, messages: list[str] | None) -> int:
     """One episode per message, shown turn by turn, on an embedded engine: servers of the run may have other weights.
+
+    Returns:
+        How many episodes failed for reasons other than the model.
 
     Raises:
         ValueError: the folder holds no exported model.
@@ -55,26 +58,29 @@ def converse(config: Config, temperature: float, messages: list[str] | None) -> 
     make_environment, sandbox = open_environment(config)
     sampling = dataclasses.replace(samplings(config)[1], temperature=temperature)
     parts = {"engine": engine, "renderer": renderer, "sampling": sampling}
+    failed = 0
     with asyncio.Runner() as runner:  # the loop runs during an episode only, so that Ctrl-C reaches the prompt
         try:
             for number, text in enumerate(messages if messages is not None else _typed()):
                 asked = text + config.data.instruction
-                runner.run(answer(config, asked, number, environment=make_environment(), **parts))
+                fine = runner.run(answer(config, asked, number, environment=make_environment(), **parts))
+                failed += not fine
         finally:
             runner.run(engine.close())
             if sandbox is not None:
                 runner.run(sandbox.close())
+    return failed
 
 
-async def answer(config: Config, text: str, number: int, **parts: Any) -> None:
-    """Play one episode on ``text`` and print its turns."""
+async def answer(config: Config, text: str, number: int, **parts: Any) -> bool:
+    """Play one episode on ``text`` and print its turns; False if something else than the model failed."""
     from rich.console import Console
 
     from spear_megatron.cli.agents import episode_limits
     from spear_megatron.observability.view import message_panel
     from spear_megatron.parallel.seeds import derive_key
     from spear_megatron.rollout.agent_loop import run_episode
-    from spear_megatron.types import Prompt, RewardParts, Trajectory, TrajectoryId
+    from spear_megatron.types import Prompt, RewardParts, StopReason, Trajectory, TrajectoryId
 
     async def no_reward(prompt: Prompt, trajectory: Trajectory) -> RewardParts:
         return trajectory.reward
@@ -91,6 +97,10 @@ async def answer(config: Config, text: str, number: int, **parts: Any) -> None:
     for message in trajectory.messages:
         console.print(message_panel(message))
     console.print(f"[dim]{trajectory.stop_reason.value}{': ' + trajectory.error if trajectory.error else ''}[/dim]")
+    fine = trajectory.stop_reason is not StopReason.INFRASTRUCTURE
+    if not fine:
+        console.print("[dim]the environment gets the message alone here: no answer, and an empty prompt.extra[/dim]")
+    return fine
 
 
 def _typed() -> Iterator[str]:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         if features:
             _print_features(features)
         if not findings:
-            print("no failure pattern found")
+            print("no failure pattern found" + _too_early(args.run_dir))
     return 1 if worst_level(findings) == "error" else 0
 
 
@@ -42,6 +42,15 @@ def _run(run_dir: str) -> list[Finding]:
     from spear_megatron.observability.doctor import diagnose_run
 
     return diagnose_run(run_dir)
+
+
+def _too_early(run_dir: str | None) -> str:
+    """What most patterns still miss in a short record, or ''."""
+    from spear_megatron.observability.record import read_record
+    from spear_megatron.observability.trends import WINDOW
+
+    steps = sum(line["step"] > 0 for line in read_record(run_dir)) if run_dir is not None else WINDOW
+    return f" in {steps} steps; most patterns take {WINDOW} or more to tell" if steps < WINDOW else ""
 
 
 def _machine() -> list[Finding]:

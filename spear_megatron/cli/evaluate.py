@@ -75,7 +75,11 @@ def run(args: argparse.Namespace) -> int:
     check_before_start(config)
     check_agents(config)
     if args.dry_run:
-        print_plan(config)
+        from spear_megatron.cli.data_check import task_lines
+
+        data = task_lines(config, trains=False)
+        print_plan(config, f"evaluation: {config.actor_rollout_ref.rollout.val_kwargs.n} samples of each held-out task")
+        print("\n".join(f"# {line}" for line in data))
         return 0
     check_places(config, args.out, "--out", weights=choice.kind == "embedded")
     from spear_megatron.cli.evaluation import run_evaluation

@@ -131,9 +131,11 @@ def dry_run_lines(config: Config) -> list[str]:
     engine = EnginePlan(kind="embedded", tp=1, max_num_seqs=rollout.max_num_seqs)
     layout = Layout(megatron=config.actor_rollout_ref.actor.megatron, world_size=world_size)
     found = assess(planned_run(config, shape, engine, on_host=on_host), layout, machine)
-    lines = [
+    memory = (
         f"memory: {training_peak(found) / GIB:.2f} GiB of tensors on the fullest rank, {total(found.host) / GIB:.2f} "
-        "GiB beside them on the fullest node",
-        *time_lines(found)[:1],
-    ]
-    return lines + [f"does not fit: {shortage.describe()}" for shortage in found.shortages]
+        "GiB beside them on the fullest node"
+    )
+    if not found.shortages:
+        return [memory, *time_lines(found)[:1]]
+    short = [f"does not fit on this machine: {shortage.describe()}" for shortage in found.shortages]
+    return [memory, *short, "`plan --config FILE --nodes N` estimates memory and time on GPUs"]

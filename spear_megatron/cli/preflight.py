@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from spear_megatron.parallel.launch import local_rank, world_size
+from spear_megatron.parallel.launch import global_rank, local_rank, world_size
 from spear_megatron.parallel.paths import check_output_folder, os_error_text
 
 if TYPE_CHECKING:
@@ -112,25 +112,64 @@ def _machine_warnings() -> list[str]:
     return [f"{part.name} is installed and not used, {part.reason}: the plain layers serve. {part.remedy}"]
 
 
-def print_plan(config: Config) -> None:
+def print_plan(config: Config, work: str | None = None) -> None:
     """The resolved configuration as YAML and what follows from it, as comments."""
     from spear_megatron.config.describe import to_yaml
+
+    print(to_yaml(config), end="")
+    for line in plan_lines(config, work):
+        print(f"# {line}")
+
+
+def plan_lines(config: Config, work: str | None = None) -> list[str]:
+    """Model, layout and what is done with them: ``work``, or if None the size of a training step."""
     from spear_megatron.model.shape import ModelShape
 
     shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
-    megatron = config.actor_rollout_ref.actor.megatron
+    megatron, trainer = config.actor_rollout_ref.actor.megatron, config.trainer
     world = world_size()
-    print(to_yaml(config), end="")
-    print(f"# model: {shape.architecture}, {shape.num_parameters():,} parameters, {shape.num_layers} layers")
     context = f"x context {megatron.context_parallel_size} " if megatron.context_parallel_size > 1 else ""
-    print(
-        f"# layout: {world} ranks = tensor {megatron.tensor_model_parallel_size} x pipeline "
-        f"{megatron.pipeline_model_parallel_size} {context}x data {world // megatron.model_parallel_size}"
-    )
-    print(
-        f"# step: {config.data.train_batch_size} prompts x {config.actor_rollout_ref.rollout.n} samples, "
-        f"{config.trainer.total_training_steps} steps, results in {config.trainer.default_local_dir}"
-    )
+    step = f"{config.data.train_batch_size} prompts x {config.actor_rollout_ref.rollout.n} samples"
+    return [
+        f"model: {shape.architecture}, {shape.num_parameters():,} parameters, {shape.num_layers} layers",
+        f"layout: {world} ranks = tensor {megatron.tensor_model_parallel_size} x pipeline "
+        f"{megatron.pipeline_model_parallel_size} {context}x data {world // megatron.model_parallel_size}",
+        f"{work or f'step: {step}, {trainer.total_training_steps} steps'}, results in {trainer.default_local_dir}",
+    ]
+
+
+def announce(config: Config, work: str | None = None) -> None:
+    """Say what is about to be loaded and run, once for all ranks: a large model takes minutes to its first step."""
+    if "console" in config.trainer.logger and global_rank() == 0:
+        print("\n".join([*plan_lines(config, work), *changed_lines(config)]), flush=True)
+
+
+def changed_lines(config: Config) -> list[str]:
+    """Keys whose values differ from those that the run directory was last used with, on one line; or nothing."""
+    import yaml
+    from spear_megatron.config.describe import to_yaml
+
+    path = Path(config.trainer.default_local_dir) / "config.yaml"
+    if not path.is_file():
+        return []
+    try:
+        before, now = _leaves(path.read_text(encoding="utf-8")), _leaves(to_yaml(config))
+    except (OSError, ValueError, yaml.YAMLError):
+        return [f"{path} cannot be read: what changed since the last start is not known"]
+    changed = [f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value]
+    return [f"changed since the last start: {', '.join(changed)}"] if changed else []
+
+
+def _leaves(text: str) -> dict[str, Any]:
+    """Values of a YAML mapping by their dotted keys."""
+    import yaml
+
+    def walk(value: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {prefix: value}
+        return {key: leaf for name, part in value.items() for key, leaf in walk(part, f"{prefix}.{name}").items()}
+
+    return {key.removeprefix("."): leaf for key, leaf in walk(yaml.safe_load(text), "").items()}
 
 
 def save_resolved(config: Config) -> None:

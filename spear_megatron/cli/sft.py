@@ -24,7 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train on ``sft.train_files`` or on demonstrations of the built-in tasks, then export."""
     config = as_supervised(load_config(args))
-    from spear_megatron.cli.preflight import check_before_start, check_machine, check_places, machine_notes, print_plan
+    from spear_megatron.cli.preflight import (
+        announce,
+        check_before_start,
+        check_machine,
+        check_places,
+        machine_notes,
+        print_plan,
+    )
     from spear_megatron.data.dali import dali_modules
 
     folder, key = config.sft.default_local_dir, "sft.default_local_dir"
@@ -32,9 +39,13 @@ def run(args: argparse.Namespace) -> int:
     check_before_start(config)
     if config.sft.data_source == "dali":
         dali_modules()
+    work = f"step: {config.sft.train_batch_size} conversations, {config.sft.total_training_steps} steps"
     if args.dry_run:
-        print_plan(config)
-        for line in machine_notes(config, folder, key):
+        from spear_megatron.cli.data_check import conversation_lines
+
+        data = conversation_lines(config)
+        print_plan(config, work)
+        for line in (*data, *machine_notes(config, folder, key)):
             print(f"# {line}")
         return 0
     check_machine(config)
@@ -44,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             f"{key}={folder} holds the checkpoints of a run, whose record would go: name another folder, or "
             "continue it with sft.save_freq above 0"
         )
+    announce(config, work)
     fine_tune(config)
     return 0
 
@@ -93,7 +105,10 @@ def fine_tune(config: Config) -> None:
                         save_freq=config.sft.save_freq,
                     )
                 )
-        export_hf(actor.chunks, shape, parallel, Path(config.sft.default_local_dir) / "hf", folder)
+        export = Path(config.sft.default_local_dir) / "hf"
+        export_hf(actor.chunks, shape, parallel, export, folder)
+        if parallel.rank == 0 and "console" in config.trainer.logger:
+            print(f"done: {steps} steps, the model is in {export}")
 
 
 def check_sft_warmup(config: Config) -> None:

@@ -6,6 +6,12 @@ import argparse
 
 from spear_megatron.cli.common import add_config_arguments, load_config
 
+INTERRUPTED = (
+    "interrupted: the same command continues from the newest checkpoint, if trainer.save_freq made one "
+    "(SIGTERM saves first)"
+)
+"""What is said of Ctrl-C."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``train`` to ``parser``."""
@@ -22,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Train until the last step; a run directory that was used before is continued."""
     config = load_config(args)
     from spear_megatron.cli.preflight import (
+        announce,
         check_agents,
         check_before_start,
         check_machine,
@@ -36,14 +43,17 @@ def run(args: argparse.Namespace) -> int:
     check_agents(config)
     print_warnings(config)
     if args.dry_run:
+        from spear_megatron.cli.data_check import task_lines
         from spear_megatron.cli.planning import dry_run_lines
 
+        data = task_lines(config)
         print_plan(config)
-        for line in (*dry_run_lines(config), *machine_notes(config, folder, key)):
+        for line in (*data, *dry_run_lines(config), *machine_notes(config, folder, key)):
             print(f"# {line}")
         return 0
     check_machine(config)
     check_places(config, folder, key)
+    announce(config)
     from spear_megatron.cli.build import open_run
     from spear_megatron.cli.session import StopFlag
     from spear_megatron.trainer.loop import train

@@ -193,8 +193,7 @@ def _walk(root: type, layer: _Layer) -> list[str]:
         for name, value in values.items():
             key = join(prefix, name)
             if name not in hints:
-                near = nearest_key(key, valid_keys(root))
-                raise ValueError(f"unknown key {key!r} {layer.origin}; did you mean {near!r}?")
+                raise ValueError(f"unknown key {key!r} {layer.origin}; {_hint(key, value, valid_keys(root))}")
             found.append(key)
             nested = nested_dataclass(hints[name])
             if nested is not None and isinstance(value, Mapping):
@@ -202,6 +201,18 @@ def _walk(root: type, layer: _Layer) -> list[str]:
 
     visit(root, layer.values, "")
     return found
+
+
+def _hint(key: str, value: Any, keys: list[str]) -> str:
+    """What to do about an unknown key: of a key that verl or SPEAR has, what serves here; else the most similar one."""
+    from spear_megatron.config.spear_rules import counterpart
+
+    full = key
+    while isinstance(value, Mapping) and value:  # an unknown section: the first key that it sets
+        name, value = next(iter(value.items()))
+        full = join(full, name)
+    serves = counterpart(full)
+    return f"a key of verl, here: {serves}" if serves else f"did you mean {nearest_key(key, keys)!r}?"
 
 
 def _resolve(values: dict[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:

@@ -58,6 +58,25 @@ ELSEWHERE: Mapping[str, str] = {
 }
 """Keys (or sections, with a final dot) without a counterpart, and what decides instead."""
 
+_BY_HAND: Mapping[str, str] = {
+    "trainer.total_epochs": "trainer.total_training_steps counts steps; an epoch has |train_files| / train_batch_size",
+    "trainer.val_only": "the command evaluate measures a model",
+    "data.filter_overlong_prompts": "data.max_prompt_length refuses longer prompts: remove them from the files",
+    "data.prompt_key": "the rows of data.train_files have the keys id, problem, answer",
+    f"{ACTOR}.ppo_micro_batch_size": _BUDGET,
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu": _BUDGET,
+    f"{ACTOR}.optim.lr_warmup_steps_ratio": f"{ACTOR}.optim.lr_warmup_steps counts steps",
+    f"{ROLLOUT}.gpu_memory_utilization": f"{ROLLOUT}.sglang.launch.args={{mem-fraction-static: 0.6}}",
+    f"{ROLLOUT}.tensor_model_parallel_size": f"{ROLLOUT}.sglang.launch.tp_size",
+    f"{ROLLOUT}.val_kwargs.do_sample": f"{ROLLOUT}.val_kwargs.temperature=0 is greedy, anything above it samples",
+    f"{ROLLOUT}.multi_turn.max_turns": f"{ROLLOUT}.multi_turn.max_assistant_turns",
+    f"{ROLLOUT}.multi_turn.tool_config_path": "env.name may be module:attribute, an environment with own tools",
+    f"{ROLLOUT}.multi_turn.max_user_turns": f"{ROLLOUT}.multi_turn.max_assistant_turns bounds the model's turns",
+    "custom_reward_function.name": "reward.name may be module:attribute, with the module's folder on PYTHONPATH",
+    "custom_reward_function.path": "reward.name may be module:attribute, with the module's folder on PYTHONPATH",
+}
+"""What to tell who sets such a key by hand, where the translation of a script has rules or other words."""
+
 ONLY: Mapping[str, tuple[str, ...]] = {
     "data.truncation": ("error",),
     "reward_model.reward_manager": ("agentConcurrent", "episode"),
@@ -78,6 +97,14 @@ RENAMED: Mapping[str, tuple[str, str]] = {
     "env.webshop.use_small": ("env.kwargs.use_small", ""),
     "env.webshop.human_goals": ("env.kwargs.human_goals", ""),
 }
+
+
+def counterpart(key: str) -> str:
+    """What serves here in place of ``key`` of a released configuration, for those who write it by hand; or ''."""
+    if key in RENAMED:
+        return RENAMED[key][0]
+    sections = (reason for start, reason in ELSEWHERE.items() if start.endswith(".") and key.startswith(start))
+    return _BY_HAND.get(key) or ELSEWHERE.get(key) or next(sections, "")
 
 
 def inert_reason(key: str, script: RunScript) -> str:

@@ -111,7 +111,7 @@ class PromptSource:
         if state["fingerprint"] != self._fingerprint():
             raise ValueError(
                 "cannot resume the prompt source: the prompts differ from those of the original run; "
-                "resume with its data files and data.* keys"
+                "resume with its data files and data.* keys, or begin a run in another trainer.default_local_dir"
             )
         self._order.load_state_dict(state["order"])
         self._returned = [int(index) for index in state.get("returned", ())]
@@ -158,6 +158,8 @@ def load_prompts(config: DataConfig, split: Split) -> list[Prompt]:
 
 def _prompt_of_row(row: dict[str, Any], where: str, data_source: str, instruction: str) -> Prompt:
     row = dict(row)
+    if not row.keys() & {"id", "problem"}:
+        raise ValueError(f"{where}: a task has the keys id, problem and answer, this row has {_shown(sorted(row))}")
     task_id, problem, answer = (row.pop(key, None) for key in ("id", "problem", "answer"))
     if isinstance(task_id, bool) or not isinstance(task_id, (str, int)) or task_id == "":
         raise ValueError(f"{where}: 'id' must be a non-empty string, got {_shown(task_id)}")

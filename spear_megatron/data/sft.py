@@ -64,7 +64,7 @@ def cold_start_conversations(
             raise ValueError(f"{name} must lie between 0 and 1, got {rate}")
     problems = generate_problems(config, "train")
     if not 1 <= count <= len(problems):
-        raise ValueError(f"a cold start of {count} conversations needs data.generator.num_train >= {count} (and >= 1)")
+        raise ValueError(f"sft.num_examples={count} needs data.generator.num_train >= {count} (and >= 1)")
     errors = Random(derive_key(seed, "sft/cold_start"))
     stops = Random(derive_key(seed, "sft/cold_start/stops"))  # of its own: the errors do not depend on the tool_rate
     conversations = []
@@ -121,7 +121,7 @@ def encode_conversations(
         if len(ids) > max_length:
             raise ValueError(
                 f"{conversation.origin}: the conversation has {len(ids)} tokens, more than {max_length}: "
-                "raise the maximum length or remove it"
+                "raise data.max_response_length or remove it"
             )
         if not any(mask):
             raise ValueError(f"{conversation.origin}: no assistant turn carries loss")

@@ -29,9 +29,26 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
+_OF_TRAINED_TOKENS = ("actor/entropy", "training/rollout_logp_abs_diff/mean")
+"""Means that are 0 where no token was left to train on."""
+
+
+def _why_idle(metrics: Mapping[str, float]) -> str:
+    names = ("overlong", "incomplete", "repetitive", "unreadable")
+    shares = {name: metrics.get(f"filter/{name}", 0.0) for name in names}
+    told = [f"{_percent(share)} of the trajectories {name}" for name, share in shares.items() if share > 0]
+    return ", ".join(told) or "nothing to train on"
+
+
 def step_line(step: int, metrics: Mapping[str, float]) -> str:
     """The figures that one looks at every step, in one line; validation success rates at the end."""
-    parts = [f"{label} {show(metrics[name])}" for name, label, show in _COLUMNS if name in metrics]
+    idle = metrics.get("training/num_optimizer_steps") == 0
+    shown = [column for column in _COLUMNS if column[0] in metrics and not (idle and column[0] in _OF_TRAINED_TOKENS)]
+    parts = [f"{label} {show(metrics[name])}" for name, label, show in shown]
+    if idle:
+        parts.append("no update: " + _why_idle(metrics))
+    if metrics.get("stop/infrastructure", 0.0) > 0:
+        parts.append(f"lost to failures {_percent(metrics['stop/infrastructure'])}")
     for name in sorted(metrics):
         if name.startswith("val/") and name.endswith("/success_rate"):
             parts.append(f"{name} {_percent(metrics[name])}")

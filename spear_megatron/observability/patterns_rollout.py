@@ -22,8 +22,8 @@ def tools_without_success(record: Record) -> Finding | None:
         "warning",
         "tool calls without success",
         f"tools/calls_mean is {calls}, success/mean {success}",
-        f"look at trajectories with 'view RUN_DIR --worst'; start with easier tasks ({keys[0]}) or a longer cold "
-        f"start, and leave turns for an answer after the calls ({keys[1]})",
+        "look at trajectories with 'view RUN_DIR --worst'; start with easier tasks (of the built-in ones "
+        f"{keys[0]}) or a longer cold start, and leave turns for an answer after the calls ({keys[1]})",
         keys,
     )
 

@@ -126,9 +126,11 @@ def header(item: KeptTrajectory) -> Text:
     text = Text(f"{run.id}  {item.prompt.task_id}  ", style="bold")
     text.append("solved" if parts.success else "not solved", style="green" if parts.success else "red")
     text.append(f"  stop: {run.stop_reason.value}  policy version {run.policy_version}\n")
+    rest = item.reward - parts.outcome - parts.penalty
+    shaping = f", shaping {rest:+.3f} (tool calls, format, KL)" if abs(rest) >= 5e-4 else ""  # not of NaN
     text.append(
-        f"reward {item.reward:+.3f} = outcome {parts.outcome:+g}, tool calls {parts.num_tool_calls}, "
-        f"penalty {parts.penalty:+g}\n{run.num_turns} turns, {run.num_tool_calls} tool calls "
+        f"reward {item.reward:+.3f} = outcome {parts.outcome:+g}, penalty {parts.penalty:+g}{shaping}\n"
+        f"{run.num_turns} turns, {run.num_tool_calls} tool calls "
         f"({run.num_tool_failures} failed), {trained} of {total} tokens trained on",
         style="not bold",
     )

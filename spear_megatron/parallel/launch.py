@@ -12,6 +12,11 @@ def world_size() -> int:
     return _number("WORLD_SIZE", 1, least=1)
 
 
+def global_rank() -> int:
+    """Number of this rank in the job; 0 without a launcher."""
+    return _number("RANK", 0, least=0)
+
+
 def local_world_size(default: int = 1) -> int:
     """Ranks of the job on this host."""
     return _number("LOCAL_WORLD_SIZE", default, least=1)
@@ -28,7 +33,7 @@ def check_launch() -> None:
     Raises:
         ValueError: one is missing, no number, or too large; names it and the remedy.
     """
-    size, rank = world_size(), _number("RANK", 0, least=0)
+    size, rank = world_size(), global_rank()
     local_rank(), local_world_size()
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(f"RANK={rank} is set and WORLD_SIZE is not: {_REMEDY}")

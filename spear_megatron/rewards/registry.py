@@ -65,11 +65,17 @@ def resolve_target(name: str, builtin: Mapping[str, str], *, key: str) -> Callab
         near = difflib.get_close_matches(name, builtin, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(builtin)} or 'module:attribute'"
         raise ValueError(f"{key}.name {name!r} is not known: {hint}")
+    if "/" in module_name or module_name.endswith(".py"):
+        stem = module_name.rpartition("/")[2].removesuffix(".py")
+        raise ValueError(
+            f"{key}.name {name!r} is the path of a file: write '{stem}:{attribute}' and put the file's folder on "
+            "PYTHONPATH"
+        )
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, TypeError) as error:  # TypeError: a relative name
         raise ValueError(
-            f"{key}.name {name!r}: cannot import {module_name!r} ({error}); install it, or start where it is found"
+            f"{key}.name {name!r}: cannot import {module_name!r} ({error}); install it, or put its folder on PYTHONPATH"
         ) from error
     target = module
     for part in attribute.split("."):

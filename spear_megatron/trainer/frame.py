@@ -262,8 +262,13 @@ class RunFrame:
             RunError: the run stopped itself; the message says why and how to go on.
         """
         self.parts.checkpoints.wait()
-        if self.trainer.save_hf and self._is_last(self.progress.step):
-            self.parts.export(Path(self.trainer.default_local_dir) / "hf")
+        if self._is_last(self.progress.step):
+            told = f"done: {self.progress.step} steps"
+            if self.trainer.save_hf:
+                folder = Path(self.trainer.default_local_dir) / "hf"
+                self.parts.export(folder)
+                told += f", the model is in {folder}"
+            self.parts.recorder.message(told)
         if self.stopping and self.stop_reason is None:
             text = f"stopped by signal after step {self.progress.step}; the same command continues"
             self.parts.recorder.message(text)

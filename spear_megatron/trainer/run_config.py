@@ -79,7 +79,8 @@ class TrainerConfig:
             raise ValueError(f"{names} must not be negative")
         unknown = set(self.logger) - {"console", "tensorboard"}
         if unknown:
-            raise ValueError(f"trainer.logger knows console and tensorboard, not {sorted(unknown)}")
+            remedy = "`wandb sync RUN_DIR/tensorboard` uploads the curves" if "wandb" in unknown else "leave it out"
+            raise ValueError(f"trainer.logger knows console and tensorboard, not {sorted(unknown)}: {remedy}")
 
     def _check_hang(self) -> None:
         if not 0 <= self.hang_timeout_s < math.inf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import time
@@ -157,9 +158,33 @@ def test_a_stop_signal_saves_and_the_same_command_continues(run_dir: Path, sft_d
     assert 1 <= stopped_at < 6 and f"stopped by signal after step {stopped_at}" in output
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{stopped_at:08d}"]
     assert not (tmp_path / "hf").exists()
-    assert f"continuing after step {stopped_at}" in run(*arguments)
+    output = run(*arguments)
+    assert f"continuing after step {stopped_at}" in output and f"the model is in {tmp_path / 'hf'}" in output
     assert without_timings(tmp_path) == without_timings(run_dir)
     assert_same_model(tmp_path / "hf", run_dir / "hf")
+
+
+def test_chat_with_an_environment_that_needs_more_than_a_text(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hf").symlink_to(model)
+    (tmp_path / "config.yaml").write_text("env: {name: grid_world}\ndata: {max_response_length: 16}\n")
+    assert main(["chat", str(tmp_path), "--message", "hello"]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "infrastructure: environment reset: " in told and "an empty prompt.extra" in told
+
+
+def test_a_start_in_a_used_folder_names_the_keys_that_changed(tmp_path: Path) -> None:
+    from spear_megatron.cli.preflight import changed_lines, save_resolved
+
+    folder = f"trainer.default_local_dir={tmp_path}"
+    old = load(Config, None, [folder, "reward.kwargs={wrong: -1}"])
+    assert changed_lines(old) == []
+    save_resolved(old)
+    assert changed_lines(old) == []
+    new = load(Config, None, [folder, "reward.kwargs={wrong: 0}", "data.shuffle=false"])
+    told = "changed since the last start: data.shuffle True -> False, reward.kwargs.wrong -1 -> 0"
+    assert changed_lines(new) == [told]
 
 
 @pytest.mark.parametrize("name", ["train", "sft", "evaluate"])
@@ -167,20 +192,46 @@ def test_dry_run_prints_the_plan_and_touches_nothing(
     name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([name, "--dry-run", f"actor_rollout_ref.model.path={model}", "trainer.seed=7", *SMALL]) == 0
+    assert main([name, "--dry-run", f"actor_rollout_ref.model.path={model}", "trainer.seed=7", *SMALL, *SFT]) == 0
     plan = capsys.readouterr().out
     (tmp_path / "plan.yaml").write_text(plan)
     resolved = load(Config, tmp_path / "plan.yaml")
     assert resolved.trainer.seed == 7 and resolved.data.max_response_length == 64
     assert "1 ranks = tensor 1 x pipeline 1 x data 1" in plan
     assert ("# memory: " in plan and "# estimated step " in plan) == (name == "train")
+    assert {"train": "# step: ", "sft": " conversations, ", "evaluate": "# evaluation: "}[name] in plan
+    assert "# data: " in plan
     assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
+
+
+UNVALIDATED = ["trainer.val_before_train=false", "trainer.test_freq=-1"]
+def test_a_dry_run_tells_of_data_that_is_elsewhere(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks, bare = tmp_path / "tasks.jsonl", tmp_path / "bare"
+    tasks.write_text("".join(json.dumps({"id": i, "problem": "1+1", "answer": 2}) + "\n" for i in range(3)))
+    bare.mkdir()
+    shutil.copy(model / "config.json", bare)
+    files = [f"data.train_files={tasks}", f"data.val_files={tmp_path / 'none.jsonl'}"]
+    assert main(["train", "--dry-run", f"actor_rollout_ref.model.path={bare}", *SMALL, *files]) == 0
+    plan = capsys.readouterr().out
+    assert "# data: 3 training tasks; " in plan and "has some of the 3 training tasks several times" in plan
+    assert f"not here and not checked: data.val_files {tmp_path / 'none.jsonl'}" in plan
+    assert f"no tokenizer in {bare}" in plan
+    nothing = ["sft", "--dry-run", f"actor_rollout_ref.model.path={bare}", *SMALL]
+    assert main([*nothing, f"sft.train_files={tmp_path}/no"]) == 0
+    assert f"not here and not checked: sft.train_files {tmp_path}/no" in capsys.readouterr().out
 
 
 BAD_COMMANDS = {
     "unknown key": (["train", "trainer.total_steps=3"], "trainer.total_training_steps"),
     "bad value": (["train", "trainer.save_freq=0"], "trainer.save_freq"),
     "wrong type": (["sft", "sft.lr=fast"], "sft.lr"),
+    "warm-up": (["sft", "{model}", "sft.total_training_steps=2"], "sft.lr_warmup_steps=5"),
+    "task row": (["train", "--dry-run", "{model}", *SMALL, "data.train_files={row}", *UNVALIDATED], "row.jsonl:1"),
+    "task folder": (["train", "--dry-run", "{model}", *SMALL, "data.train_files={empty}", *UNVALIDATED], "{empty}"),
+    "prompt": (["train", "--dry-run", "{model}", *SMALL, "data.max_prompt_length=5"], "data.max_prompt_length=5"),
+    "conversation": (["sft", "--dry-run", "{model}", *SMALL, "sft.train_files={row}"], "row.jsonl:1"),
     "no model": (["train"], "actor_rollout_ref.model.path"),
     "not a model": (["evaluate", "--model", "{empty}"], "config.json"),
     "no such file": (["train", "--config", "{empty}/x.yaml"], "x.yaml"),
@@ -205,7 +256,9 @@ def test_user_errors_are_one_line_that_names_the_culprit(
     empty = tmp_path / "empty"
     empty.mkdir()
     arguments, culprit = BAD_COMMANDS[case]
-    texts = {"{empty}": str(empty), "{model}": f"actor_rollout_ref.model.path={model}"}
+    row = tmp_path / "row.jsonl"
+    row.write_text('{"id": "a", "question": "b"}\n')
+    texts = {"{empty}": str(empty), "{model}": f"actor_rollout_ref.model.path={model}", "{row}": str(row)}
 
     def filled(text: str) -> str:
         for name, value in texts.items():

@@ -110,3 +110,15 @@ def test_a_closed_pipe_is_not_an_error() -> None:
     script = f"{sys.executable} -m spear_megatron --help | head -c 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr
+
+
+def test_an_interrupted_training_tells_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spear_megatron.cli.train.load_config", interrupt)
+    assert main(["train"]) == 130
+    told = capsys.readouterr().err
+    assert told.startswith("interrupted: the same command continues") and "SIGTERM saves first" in told

@@ -269,10 +269,17 @@ def test_errors_come_first_and_decide_the_exit_code(tmp_path: Path, capsys: pyte
     assert text.index("non-finite") < text.index("entropy collapse") and "entropy_coeff" in text
 
 
+def test_doctor_says_when_a_record_is_too_short_to_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in healthy()[:2]))
+    assert main(["doctor", str(tmp_path)]) == 0
+    steps = sum(line["step"] > 0 for line in healthy()[:2])
+    assert f"no failure pattern found in {steps} steps; most patterns take 5 or more" in capsys.readouterr().out
+
+
 def test_doctor_command_on_healthy_and_missing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in healthy()))
     assert main(["doctor", str(tmp_path)]) == 0
-    assert "no failure pattern" in capsys.readouterr().out
+    assert capsys.readouterr().out == "no failure pattern found\n"
     assert main(["doctor", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
     assert main(["doctor", str(tmp_path / "none")]) == 2

@@ -82,9 +82,13 @@ def test_a_recipe_passes_a_dry_run_on_its_gpus(
     assert ("publish" in capsys.readouterr().out) == (not supervised)
 
 
-def test_the_example_of_the_planner_passes_a_dry_run_and_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_planner_passes_a_dry_run_and_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = CONFIGS / "qwen3_32b.yaml"
     dry_run("train", path, SHAPES["qwen3_32b"], 128, tmp_path, monkeypatch)
+    told = capsys.readouterr().out  # no time of what cannot run here
+    assert "does not fit on this machine" in told and "plan --config" in told and "estimated step" not in told
     sizes = ["--nodes", "16", "--top", "0"]
     assert main(["plan", "--config", str(path), *sizes, f"actor_rollout_ref.model.path={tmp_path}"]) == 0
 

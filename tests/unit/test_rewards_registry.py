@@ -78,7 +78,10 @@ def test_names_of_the_user() -> None:
     [
         ("mth", {}, "reward.name 'mth' is not known: did you mean 'math'?"),
         ("zzzzzz", {}, "use one of math, environment or 'module:attribute'"),
-        ("nowhere_at_all:Thing", {}, "cannot import 'nowhere_at_all'"),
+        ("nowhere_at_all:Thing", {}, "cannot import 'nowhere_at_all'.*PYTHONPATH"),
+        ("./mine/scores.py:Thing", {}, "path of a file: write 'scores:Thing' and put the file's folder on PYTHONPATH"),
+        ("scores.py:Thing", {}, "path of a file: write 'scores:Thing'"),
+        (".scores:Thing", {}, "cannot import '.scores'"),
         (f"{HERE}:Missing", {}, "has no attribute 'Missing'"),
         (f"{HERE}:NOT_CALLABLE", {}, "must be a class or a function"),
         ("environmnt", {}, "reward.name 'environmnt' is not known: did you mean 'environment'?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 from spear_megatron.cli.common import load_config
 from spear_megatron.config.checks_replay import check_trigger
-from spear_megatron.config.loader import load
+from spear_megatron.config import spear_rules
+from spear_megatron.config.loader import load, valid_keys
 from spear_megatron.config.schema import Config
+from spear_megatron.config.spear_rules import counterpart
 from spear_megatron.config.spear_script import KeyRow, RunScript, parse_run_script
 from spear_megatron.config.spear_translate import describe_rows, overrides_of, translate
 
@@ -291,3 +294,12 @@ def settings_by_bash(text: str, folder: Path) -> list[tuple[str, str]]:
     )  # fmt: skip
     pairs = [word.partition("=") for word in done.stdout.split("\0")[:-1]]
     return [(key, value) for key, _, value in pairs]
+
+
+def test_what_serves_in_place_of_a_key_exists() -> None:
+    named = re.compile(r"(?:data|actor_rollout_ref|algorithm|env|reward|trainer)\.[a-z_.]*[a-z_]")
+    known = set(valid_keys(Config))
+    for key, text in spear_rules._BY_HAND.items():
+        assert key not in known and counterpart(key) == text
+        assert all(name in known or name.startswith("env.kwargs.") for name in named.findall(text)), text
+    assert counterpart("trainer.seed") == "" == counterpart("critical")

@@ -83,6 +83,7 @@ def test_resuming_goes_on_where_it_was() -> None:
         ('{"id": "x", "problem": "\\ud800", "answer": 1}', "UTF-8"),
         ("[" * 100_000, "not valid JSON"),
         ({"problem": "p", "answer": "1"}, "'id' must be"),
+        ({"prompt": [], "answer": "1"}, "keys id, problem and answer, this row has ['answer', 'prompt']"),
         ({"id": "", "problem": "p", "answer": "1"}, "'id' must be"),
         ({"id": True, "problem": "p", "answer": "1"}, "'id' must be"),
         ({"id": "x", "problem": " ", "answer": "1"}, "'problem' must be"),

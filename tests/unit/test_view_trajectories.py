@@ -191,10 +191,18 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
 def test_conversation_shows_roles_calls_reward_and_stop(tmp_path: Path) -> None:
     TrajectoryStore(tmp_path, 8, decode).write(1, groups(1), {})
     text = printed(read_trajectories(tmp_path, 1)[0])
-    parts = "1-0-0|not solved|stop: answer|outcome +0|penalty -0.5|tool calls 2|3 of 6 tokens|user (masked)|42"
+    parts = "1-0-0|not solved|stop: answer|outcome +0|penalty -0.5|2 tool calls|3 of 6 tokens|user (masked)|42"
     for part in (parts + "|assistant (trained)|tool response (masked)|<tool_call>|run: f(1)").split("|"):
         assert part in text, part
     assert text.count("problem 0") == 1  # the opening message is not repeated
+
+
+def test_the_reward_of_the_header_adds_up(tmp_path: Path) -> None:
+    (group,) = groups(1, tasks=1)
+    TrajectoryStore(tmp_path, 8, decode).write(1, [group], {group.trajectories[0].id: -0.4})
+    shaped, plain = map(printed, read_trajectories(tmp_path, 1))
+    assert "reward -0.400 = outcome +0, penalty -0.5, shaping +0.100 (tool calls, format, KL)" in shaped
+    assert "shaping +0.500" in plain  # without a reward of its own it is kept with the outcome
 
 
 def test_tokens_show_the_mask_with_and_without_colours(tmp_path: Path) -> None:
