@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spear_megatron.kernels.backends import choose_backend
-from spear_megatron.kernels.checks import check_settings
+from spear_megatron.kernels.checks import check_settings, differentiable_once
 from spear_megatron.kernels.head_rows import select_rows
 from spear_megatron.kernels.softmax_stats import (
     VocabShard,
@@ -162,7 +161,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         slices = head.slices(weight.shape[0])
         stats = []
+        logits: Tensor | None = None
         for part in slices:
+            logits = None  # before the next slice, so that one is held at a time
             logits = inputs @ weight[part].t()
             stats.append(head.stats(logits, targets, part))
         combined = combine_stats(torch.stack(stats), head.temperature)
@@ -175,25 +176,28 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return log_probs, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, weight, targets, saved = ctx.saved_tensors
         head: _Head = ctx.head
         slices = head.slices(weight.shape[0])
         kept, ctx.logits = ctx.logits, None
         row_grads = head.backend.row_gradients(saved, grad_log_probs, grad_entropy)
-        grad_inputs, sink = _InputGradient(inputs), _WeightGradient(weight, ctx.main_grad)
+        grad_inputs = _InputGradient(inputs) if ctx.needs_input_grad[0] else None
+        sink = _WeightGradient(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
+        logits: Tensor | None = None
         for part in slices:
+            logits = None  # as in the forward pass
             # A second backward pass over a retained graph computes the logits again.
             logits = inputs @ weight[part].t() if kept is None else kept
             head.differentiate(logits, targets, part, row_grads)
-            if ctx.needs_input_grad[0]:
+            if grad_inputs is not None:
                 grad_inputs.add(logits, weight[part])
-            if ctx.needs_input_grad[1]:
+            if sink is not None:
                 sink.add(part, logits, inputs)
         return (
-            grad_inputs.result() if ctx.needs_input_grad[0] else None,
-            sink.result() if ctx.needs_input_grad[1] else None,
+            None if grad_inputs is None else grad_inputs.result(),
+            None if sink is None else sink.result(),
             None,
             None,
         )
