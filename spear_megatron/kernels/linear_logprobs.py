@@ -27,6 +27,7 @@ from spear_megatron.kernels.softmax_stats import (
 )
 
 _MIN_SLICE_COLUMNS = 256  # narrower products of matrices waste the machine
+_PIECE_COLUMNS = 4096  # of the vocabulary, whose weight gradients are made at a time where their dtype is another
 
 
 def linear_token_logprobs(
@@ -235,8 +236,11 @@ class _WeightGradient:
         target = self._sum[part]
         if target.dtype == inputs.dtype:
             target.addmm_(grad_logits.t(), inputs)
-        else:
-            target.add_(grad_logits.t() @ inputs)
+            return
+        # In pieces, as the product and (on the CPU) its copy in the other dtype are three times the weight in bf16.
+        pieces = zip(target.split(_PIECE_COLUMNS), grad_logits.split(_PIECE_COLUMNS, dim=1), strict=True)
+        for piece, grads in pieces:
+            piece.add_(grads.t() @ inputs)
 
     def result(self) -> Tensor:
         if not self._into_main:

@@ -154,11 +154,11 @@ def test_without_entropy_and_without_a_weight_gradient() -> None:
 
 
 class LargeTensors(TorchDispatchMode):
-    """Counts the live memory of tensors with at least so many bytes that operations make."""
+    """Counts tensors of at least so many bytes that operations make, and their live memory."""
 
     def __init__(self, least: int) -> None:
         super().__init__()
-        self.least, self.live, self.peak = least, dict[int, int](), 0
+        self.least, self.live, self.peak, self.made = least, dict[int, int](), 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -166,6 +166,7 @@ class LargeTensors(TorchDispatchMode):
         if fresh and isinstance(result, Tensor) and result.untyped_storage().nbytes() >= self.least:
             storage = result.untyped_storage()
             self.live[storage._cdata] = storage.nbytes()
+            self.made += 1
             weakref.finalize(storage, self.live.pop, storage._cdata, None)
             self.peak = max(self.peak, sum(self.live.values()))
         return result
@@ -181,6 +182,18 @@ def test_one_slice_of_logits_is_held_at_a_time(density: float) -> None:
     with LargeTensors(budget) as backward:
         torch.autograd.grad(case.loss(*results), case.hidden)
     assert backward.peak == budget
+
+
+def test_a_weight_gradient_of_another_dtype_is_made_in_pieces() -> None:
+    case = Case(13, 3, 64, 40_000, 1.1, torch.bfloat16)
+    case.weight.main_grad = torch.zeros(case.weight.shape)
+    case.weight.grad_added_to_main_grad = False
+    loss = case.loss(*run(case))
+    with LargeTensors(case.weight.nbytes) as backward:
+        loss.backward()
+    assert backward.made == 1  # what stands in for the gradient so that the hook fires
+    expected = case.expected(40_000)[3]
+    assert (case.weight.main_grad - expected).abs().max() <= 0.03 * expected.abs().max()
 
 
 def test_a_frozen_weight_gets_no_gradient_and_no_memory_for_one() -> None:
