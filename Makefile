@@ -3,6 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 SGLANG_VENV ?= .venv-sglang
+# What has torch on a machine without the environment of `make setup`: python3, unless PYTHON is given.
+GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)))
 
 .PHONY: setup sglang-server sglang-versions cuda gpu-check quickstart test test-fast layouts plan-error \
 	kill-demo bench bench-kernels study docs clean
@@ -31,7 +33,7 @@ cuda:  ## the CUDA kernels, where nvcc is there; needs no device
 	$(BIN)/python tools/build_cuda.py
 
 gpu-check:  ## on a machine with a CUDA device: build, test and measure the CUDA kernels, without network
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py
+	$(GPU_PYTHON) tools/gpu_check.py
 
 quickstart: setup  ## tiny model, cold start, reinforcement learning, evaluation, Hugging Face export
 	$(BIN)/python tools/quickstart.py

@@ -3,7 +3,7 @@
     python tools/bench_gpu_kernels.py --json outputs/bench/gpu_kernels.json
 
 Every contender runs once per round, timed by CUDA events on logits of its own, after a buffer larger than the L2 cache
-was overwritten; figures are medians over the rounds. The fraction is (bytes that the pass must move / time) / (copy
+was read; figures are medians over the rounds. The fraction is (bytes that the pass must move / time) / (copy
 bandwidth of the same rounds): the forward pass reads the logits once, the backward pass reads and writes them once.
 Selection by covariance and policy loss follow (bench_gpu_policy.py), in microseconds.
 """
@@ -69,20 +69,24 @@ def megatron_cross_entropy() -> Function | str:
 
 
 class Clock:
-    """Milliseconds of device work, each time with a cold L2 cache."""
+    """Milliseconds of device work, each time with a cold L2 cache.
+
+    What evicts the cache's content is read, not written: the write-back of a cache full of new values would fall into
+    the time of whoever comes next. It takes the device longer than the host needs to hand over most contenders.
+    """
 
     def __init__(self) -> None:
         import torch
 
         properties = torch.cuda.get_device_properties(0)
-        size = max(4 * getattr(properties, "L2_cache_size", 0), 256 << 20)
-        self._flush = torch.empty(size, dtype=torch.int8, device="cuda")
+        size = max(4 * getattr(properties, "L2_cache_size", 0), 512 << 20)
+        self._flush = torch.zeros(size // 4, dtype=torch.float32, device="cuda")
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def time(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Milliseconds from first to last kernel of ``work``, and what it returned."""
         started, ended = self._events
-        self._flush.zero_()
+        self._flush.sum()
         started.record()
         result = work()
         ended.record()
@@ -118,16 +122,21 @@ def sample_kernels(clock: Clock, source: Any, targets: Any) -> tuple[float, floa
     return forward, backward
 
 
-def measure(samplers: dict[str, Sampler], rows: int, vocab: int, rounds: int) -> dict[str, Any]:
-    """All contenders on bf16 logits [rows, vocab]: median milliseconds, bytes, fractions of the copy bandwidth."""
+def make_logits(rows: int, vocab: int) -> tuple[Any, Any]:
+    """bf16 logits [rows, vocab] and targets [rows] on the device."""
     import torch
 
-    clock = Clock()
     generator = torch.Generator("cuda").manual_seed(0)
     source = torch.randn(rows, vocab, generator=generator, device="cuda", dtype=torch.bfloat16) * 3
-    targets = torch.randint(0, vocab, (rows,), generator=generator, device="cuda")
+    return source, torch.randint(0, vocab, (rows,), generator=generator, device="cuda")
+
+
+def measure(samplers: dict[str, Sampler], clock: Clock, source: Any, targets: Any, rounds: int) -> dict[str, Any]:
+    """All contenders on the same logits: median milliseconds, bytes, fractions of the copy bandwidth."""
+    import torch
+
     spare, bytes_of_logits = torch.empty_like(source), source.numel() * source.element_size()
-    samplers, too_large = fitting(samplers, clock, source, targets)
+    samplers, failed = fitting(samplers, clock, source, targets)
     copies: list[float] = []
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in samplers}
     for round_index in range(-2, rounds):  # the first rounds warm up
@@ -140,10 +149,10 @@ def measure(samplers: dict[str, Sampler], rows: int, vocab: int, rounds: int) ->
     copy_rate = 2 * bytes_of_logits / statistics.median(copies)  # bytes per millisecond
     moved = {"forward": bytes_of_logits, "backward": 2 * bytes_of_logits}
     return {
-        "shape": [rows, vocab],
+        "shape": list(source.shape),
         "copy_gb_per_s": copy_rate / 1e6,
         "copy_samples_ms": copies,
-        "out_of_memory": too_large,
+        "failed": failed,
         "passes": [
             {
                 "contender": name,
@@ -161,20 +170,27 @@ def measure(samplers: dict[str, Sampler], rows: int, vocab: int, rounds: int) ->
 
 def fitting(
     samplers: dict[str, Sampler], clock: Clock, source: Any, targets: Any
-) -> tuple[dict[str, Sampler], list[str]]:
-    """The contenders whose temporaries fit into the device's memory, compiled and warm, and the names of the others."""
+) -> tuple[dict[str, Sampler], dict[str, str]]:
+    """The contenders that run here, compiled and warm, and why the others do not (memory, a compiler).
+
+    Those of this package must run: their errors end the benchmark.
+    """
     import torch
 
-    kept, too_large = {}, []
+    kept, failed = {}, {}
     for name, sampler in samplers.items():
         try:
             sampler(clock, source, targets)
         except torch.cuda.OutOfMemoryError:
-            too_large.append(name)
+            failed[name] = "out of device memory"
+        except Exception as error:
+            if name in (KERNEL, KERNEL_INPLACE, KERNEL_ALONE):
+                raise
+            failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         else:
             kept[name] = sampler
     torch.cuda.empty_cache()
-    return kept, too_large
+    return kept, failed
 
 
 def contenders() -> tuple[dict[str, Sampler], dict[str, str]]:
@@ -214,8 +230,8 @@ def print_table(results: list[dict[str, Any]], skipped: dict[str, str]) -> None:
                 f"| {item['median_ms'] / base[item['pass']]:.2f} |"
             )
         print(f"| {result['shape']} bf16 | | copy of the logits: {result['copy_gb_per_s']:.0f} GB/s | | | 1.00 | |")
-        for name in result["out_of_memory"]:
-            print(f"| {result['shape']} bf16 | | {name}: out of device memory | | | | |")
+        for name, reason in result["failed"].items():
+            print(f"| {result['shape']} bf16 | | {name}: {reason} | | | | |")
     for name, reason in skipped.items():
         print(f"\n{name}: not run, {reason}")
 
@@ -229,8 +245,11 @@ def main() -> int:
         print("there is no CUDA device here, so nothing can be measured", file=sys.stderr)
         return 1
     samplers, skipped = contenders()
-    results = [measure(samplers, arguments.rows, vocab, arguments.rounds) for vocab in arguments.vocab]
-    policy = [bench_gpu_policy.measure(Clock().time, tokens, arguments.rounds) for tokens in arguments.tokens]
+    clock = Clock()
+    results = [
+        measure(samplers, clock, *make_logits(arguments.rows, vocab), arguments.rounds) for vocab in arguments.vocab
+    ]
+    policy = [bench_gpu_policy.measure(clock.time, tokens, arguments.rounds) for tokens in arguments.tokens]
     report = {
         "device": torch.cuda.get_device_name(0),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Rows of bench_gpu_kernels.py on Clip-Cov: selection and policy loss on CUDA against the common formulation.
+"""Rows of bench_gpu_kernels.py on Clip-Cov: selection and policy loss on CUDA against the official formulation.
 
 Every contender runs once per round on the same tokens of one micro-batch, all of them sampled ones. A CUDA graph shows
 what the device needs where the host is too slow to feed it.
@@ -14,13 +14,13 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from bench_policy_loss import CLIP_HIGH, CLIP_LOW, LB, RATIO, UB, Inputs, common_clip_cov, make_inputs  # noqa: E402
+from bench_policy_loss import CLIP_HIGH, CLIP_LOW, LB, RATIO, UB, Inputs, make_inputs, official_clip_cov  # noqa: E402
 
 TOKENS = (1 << 16, 1 << 20)
 LOSS_ALONE, LOSS, SELECTION, BOTH = "policy_loss kernel", "policy_loss", "selection", "selection and policy_loss"
-GRAPH, COMMON = "selection and policy_loss, CUDA graph", "common formulation"
+GRAPH, OFFICIAL = "selection and policy_loss, CUDA graph", "official formulation"
 LOSS_TARGET_US = 25.0  # of the kernel with its gradient at 2^20 tokens
-SPEEDUP_TARGET = 30.0  # of selection and loss over the common formulation at 2^16 tokens
+SPEEDUP_TARGET = 30.0  # of selection and loss over the official formulation at 2^16 tokens
 
 Work = Callable[[], Any]
 Timer = Callable[[Work], tuple[float, Any]]
@@ -61,7 +61,7 @@ def contenders(inputs: Inputs) -> dict[str, Work]:
         SELECTION: lambda: select_on_device([row], rule),
         BOTH: both,
         GRAPH: captured(both),
-        COMMON: lambda: torch.autograd.grad(common_clip_cov(leaf, inputs)[0], leaf),
+        OFFICIAL: lambda: torch.autograd.grad(official_clip_cov(leaf, inputs)[0], leaf),
     }
 
 
@@ -120,9 +120,9 @@ def targets(results: list[dict[str, Any]]) -> list[str]:
     lines = []
     for result in results:
         if result["tokens"] == TOKENS[0]:
-            reached = result["ratio_to_both"][COMMON]
+            reached = result["ratio_to_both"][OFFICIAL]
             mark = "reached" if reached >= SPEEDUP_TARGET else f"below {SPEEDUP_TARGET:.0f}"
-            lines.append(f"selection and policy_loss, {TOKENS[0]} tokens: {reached:.1f} x common, {mark}")
+            lines.append(f"selection and policy_loss, {TOKENS[0]} tokens: {reached:.1f} x official, {mark}")
         if result["tokens"] == TOKENS[1]:
             reached = result["median_us"][LOSS_ALONE]
             mark = "reached" if reached <= LOSS_TARGET_US else f"above {LOSS_TARGET_US:.0f}"

@@ -79,6 +79,27 @@ def median_seconds(contestants: dict[str, Callable[[], Any]], samples: int) -> d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def torch_losses(
+    logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor, *, with_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Clipped surrogate loss and entropy, summed over the response tokens, as plain torch has them.
+
+    Args:
+        logits: [rows, n - 1, V]; ``ids`` are [rows, n], mask and advantages of their last n - 1 tokens.
+    """
+    entropy = None
+    if with_entropy:
+        with torch.no_grad():
+            distribution = torch.log_softmax(logits.float(), dim=-1)
+            entropy = -((distribution.exp() * distribution).sum(-1) * mask).sum()
+    flat = logits.flatten(0, 1).float()
+    log_probs = -torch.nn.functional.cross_entropy(flat, ids[:, 1:].flatten(), reduction="none")
+    log_probs = log_probs.view_as(mask)
+    ratio = (log_probs - log_probs.detach()).exp()
+    surrogate = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return -(surrogate * mask).sum(), entropy
+
+
 def torch_step(folder: str, rows: list[Row], *, with_entropy: bool) -> Callable[[], None]:
     """The same update in plain torch on the transformers model: one padded batch, clipped surrogate, AdamW.
 
@@ -94,16 +115,7 @@ def torch_step(folder: str, rows: list[Row], *, with_entropy: bool) -> Callable[
 
     def step() -> None:
         logits = model(ids[:, :-1], use_cache=False).logits
-        if with_entropy:
-            with torch.no_grad():
-                distribution = torch.log_softmax(logits, dim=-1)
-                entropy = -(distribution.exp() * distribution).sum(-1)
-                (entropy * mask).sum() / mask.sum()
-        log_probs = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        log_probs = log_probs.view_as(mask)
-        ratio = (log_probs - log_probs.detach()).exp()
-        surrogate = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-        loss = -(surrogate * mask).sum() / mask.sum()
+        loss = torch_losses(logits, ids, mask, advantages, with_entropy=with_entropy)[0] / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

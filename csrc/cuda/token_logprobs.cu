@@ -11,9 +11,11 @@
 namespace spear {
 namespace {
 
-constexpr int kMaxThreads = 512;
+// Many small blocks on a processor rather than few large ones: while one is between its rows' loads (at a barrier, or
+// one thread at its end), the others keep the memory busy.
+constexpr int kMaxThreads = 256;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
-constexpr int kBlocksPerProcessor = 2;           // bounds the registers: two full blocks must fit
+constexpr int kBlocksPerProcessor = 4;             // bounds the registers: so many full blocks must fit
 constexpr int64_t kMaxColumns = int64_t{1} << 30;  // so that indices within a row fit into an int
 constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
 
@@ -67,16 +69,20 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
     row_stats(const Logits logits, const Scale scale, float* stats) {
     const int64_t row = blockIdx.x;
     const Element* x = logits.row<Element>(row);
+    float at_target = -INFINITY;
+    if (threadIdx.x == 0) {  // first, so that nobody waits for it at the end
+        const int target = logits.target(row);
+        if (target >= 0) at_target = to_float(x[target]);
+    }
     const SoftmaxState<float> own =
         thread_stats<Element, kEntropy>(x, logits.columns, threadIdx.x, blockDim.x, scale);
     const SoftmaxState<double> merged = merge_block(own, scale);
     if (threadIdx.x == 0) {
-        const int target = logits.target(row);
         float* out = stats + 4 * row;
         out[0] = merged.max;
         out[1] = static_cast<float>(merged.sum);
         out[2] = kEntropy ? static_cast<float>(merged.weighted) : 0.0f;
-        out[3] = target >= 0 ? to_float(x[target]) : -INFINITY;
+        out[3] = at_target;
     }
 }
 
@@ -99,12 +105,14 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
     int target = -1;
     float at_target = 0;
     if (thread == 0) {
-        const GradientTerms terms(row_grads + 5 * row, scale.inv_temperature);
+        float own[5];  // all loads are under way before the first is used: the whole block waits for them
+        for (int i = 0; i < 5; ++i) own[i] = row_grads[5 * row + i];
+        target = logits.target(row);
+        const float logit = target >= 0 ? to_float(x[target]) : 0.0f;  // before any thread overwrites it
+        const GradientTerms terms(own, scale.inv_temperature);
         task.kind = terms.is_zero ? RowKind::zero : terms.is_nan() ? RowKind::nan : RowKind::usual;
         task.grad = terms.narrowed();
-        target = task.kind == RowKind::usual ? logits.target(row) : -1;
-        // Read before any thread overwrites it.
-        if (target >= 0) at_target = terms.at_target(to_float(x[target]));
+        at_target = terms.at_target(logit);
     }
     __syncthreads();
     thread_fill(y, columns, out_columns, thread, threads, 0.0f);

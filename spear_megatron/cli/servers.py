@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang.colocation import SharedGpus
 from spear_megatron.rollout.sglang.command import ServerSpec
+from spear_megatron.rollout.sglang.config import SGLangConfig
 from spear_megatron.rollout.sglang.fleet import restore_from_disk
 from spear_megatron.rollout.sglang.servers import RESERVED_TOKENS
 from spear_megatron.rollout.sglang.start import Servers, computes_on_cpu, open_servers
@@ -43,9 +45,15 @@ def open_rollout_servers(
 
 
 def server_spec(config: Config, parallel: ParallelState, shape: ModelShape, max_model_len: int) -> ServerSpec:
-    """What a started server serves."""
+    """What a started server serves.
+
+    Raises:
+        ValueError: weights cannot reach servers on the trainer's GPUs in the way that is configured.
+    """
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
     on_cpu = computes_on_cpu(rollout.sglang.launch, parallel)
+    if not on_cpu:
+        _check_weights(rollout.sglang, parallel)
     return ServerSpec(
         model_path=model.path,
         dtype=str(model.torch_dtype).removeprefix("torch."),
@@ -54,6 +62,25 @@ def server_spec(config: Config, parallel: ParallelState, shape: ModelShape, max_
         memory_saver=rollout.sglang.colocated and not on_cpu,  # there is no such library for the CPU
         on_cpu=on_cpu,
     )
+
+
+def _check_weights(sglang: SGLangConfig, parallel: ParallelState) -> None:
+    """Refuse ways of weights that cannot work between this trainer and servers that it starts on GPUs."""
+    prefix, launch, weights = "actor_rollout_ref.rollout.sglang", sglang.launch, sglang.weights
+    if sglang.colocated and weights.way == "distributed":
+        raise ValueError(
+            f"{prefix}.weights.way=distributed makes a group of trainer and servers, and NCCL takes no two members on "
+            f"one GPU, which {prefix}.colocated=true asks for: set way=tensor or way=disk"
+        )
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world_size)) == parallel.world_size
+    last_leader = (parallel.dp_size - 1) * parallel.tp_size * parallel.cp_size
+    sees_all = sglang.colocated and launch.backend == "process" and launch.num_servers == 1 and one_machine
+    if weights.transport == "cuda_ipc" and not (sees_all and last_leader < launch.tp_size):
+        raise ValueError(
+            f"{prefix}.weights.transport=cuda_ipc hands over memory of the data-parallel leaders' GPUs, and a started "
+            f"server sees no GPUs but its own: set {prefix}.colocated=true with one server on one machine whose "
+            f"launch.tp_size={launch.tp_size} takes in GPU {last_leader}, or transport=http or shared_memory"
+        )
 
 
 def shared_gpus(

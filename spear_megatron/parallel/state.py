@@ -138,13 +138,14 @@ def _start_distributed(world_size: int, platform: Platform, timeout: timedelta) 
     store.set_timeout(timeout)
     # torchrun's store outlives a destroyed state: keys of an earlier one must not be met again
     generation = store.add(f"spear_megatron/generation/{rank}", 1)
+    # No device_id: torch would split every later group off the world's NCCL communicator, with all ranks. A gloo group
+    # of the leaders alone, or one with servers, which makes no such split on its members, would hang the others.
     dist.init_process_group(
         platform.backend,
         store=dist.PrefixStore(f"groups/{generation}", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=platform.device if platform.is_cuda else None,
     )
     return dist.PrefixStore(f"spear_megatron/{generation}", store)
 

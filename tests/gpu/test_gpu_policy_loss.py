@@ -38,6 +38,13 @@ def on(device: torch.device, tokens: PolicyTokens) -> PolicyTokens:
     return PolicyTokens(*(None if value is None else value.to(device) for value in tokens))
 
 
+def num_near_bounds(tokens: PolicyTokens) -> int:
+    """Tokens so close to a bound of the ratio that the last bit of an exponential decides on which side they are."""
+    ratio = (tokens.log_probs.double() - tokens.old_log_probs.double()).exp()
+    bounds = torch.tensor([1 - RULE["clip_ratio_low"], 1 + RULE["clip_ratio_high"], RULE["clip_ratio_c"]])
+    return int(((ratio[:, None] / bounds - 1).abs() < 1e-6).any(dim=1).sum())
+
+
 def make_row(count: int, seed: int) -> TokenSet:
     generator = torch.Generator().manual_seed(seed)
     log_probs = -3 * torch.rand(count, generator=generator)
@@ -65,15 +72,15 @@ def test_sums_and_gradient_are_those_of_the_cpu(mode: str, masked: bool, count: 
     tokens, settings = make_tokens(count, mode, masked), PolicySettings(mode, **RULE)
     sums, gradient = policy_loss_cuda.loss_and_gradient(on(device, tokens), settings)
     expected_sums, expected_gradient = policy_loss_compiled.loss_and_gradient(tokens, settings)
-    # A ratio's last bit can put a token on the other side of a bound.
-    assert (sums[1:3].cpu() - expected_sums[1:3]).abs().max() <= 3e-6 * count
+    near = num_near_bounds(tokens)
+    assert (sums[1:3].cpu() - expected_sums[1:3]).abs().max() <= near
     torch.testing.assert_close(sums[3].cpu(), expected_sums[3], rtol=1e-12, atol=1e-12 * count)
     exact = {"rtol": 1e-12, "atol": 1e-13} if mode == "gpg" else {"rtol": 1e-6, "atol": 1e-7}
     torch.testing.assert_close(sums[0].cpu(), expected_sums[0], **exact)
     torch.testing.assert_close(sums[4:].cpu(), expected_sums[4:], rtol=1e-6, atol=0)
     difference = (gradient.cpu() - expected_gradient).abs()
     allowed = 2e-6 * expected_gradient.abs() + 2e-7 / max(count, 1)
-    assert int((difference > allowed).sum()) <= 3e-6 * count
+    assert int((difference > allowed).sum()) <= near
 
 
 @pytest.mark.parametrize("mode", SURROGATE_MODES)

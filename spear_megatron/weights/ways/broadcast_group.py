@@ -146,12 +146,16 @@ class BroadcastGroup:
         """Start sending ``flat`` to everybody; returns the work to wait for."""
         return dist.broadcast(flat, group=self._group, group_src=0, async_op=True)
 
-    def close(self) -> None:
+    def close(self, *, broken: bool = False) -> None:
         """Leave the group, and let the servers that have not failed leave it.
 
         At the same time on both sides: nccl waits for the other, and a server that still waits in a broadcast hears
         nothing before this side has left. gloo leaves when a broadcast under way is done, or late.
+
+        Args:
+            broken: a broadcast under way will never end. nccl waits for it unless it is told to break off.
         """
+        leave_group = c10d._abort_process_group if broken and self._backend == "nccl" else dist.destroy_process_group
         urls = [target.url for target in self.targets]
 
         def leave(client: ControlClient) -> None:
@@ -160,7 +164,7 @@ class BroadcastGroup:
 
         with ThreadPoolExecutor(1, thread_name_prefix="leave") as threads:
             told = threads.submit(self._servers.each, urls, leave)
-            dist.destroy_process_group(self._group)
+            leave_group(self._group)
             self._store = None
             told.result()
 

@@ -189,7 +189,7 @@ class DistributedWay:
     def abandon(self) -> None:
         """Break the group: servers that wait in a broadcast get an error."""
         if self._broadcasts is not None:
-            self._broadcasts.close()
+            self._broadcasts.close(broken=True)
             self._broadcasts = None
 
     def close(self) -> None:
