@@ -75,10 +75,13 @@ def explain(error: Exception) -> int:
         Exception: ``error`` itself, when only a traceback can tell more.
     """
     from spear_megatron.parallel.errors import RunError, lost_a_peer
+    from spear_megatron.parallel.paths import NO_ROOM, os_error_text
     from spear_megatron.rollout.engine import EngineError
 
-    text = " ".join(str(error).split())
     files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+    if isinstance(error, OSError) and (told := os_error_text(error)) is not None:
+        return complain(f"error: {' '.join(told.split())}", 1 if error.errno in NO_ROOM else 2)
+    text = " ".join(str(error).split())
     if isinstance(error, (ValueError, *files)):
         return complain(f"error: {text}", 2)
     if isinstance(error, (RunError, EngineError)):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from spear_megatron.__main__ import complain, main as spear_megatron
 from spear_megatron.data.prepare import prepare_dataset
+from spear_megatron.parallel.paths import os_error_text
 
 ROOT = Path(__file__).resolve().parent.parent
 YEARS = ("2024", "2025")
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         files = task_files(args)
     except (ValueError, OSError) as error:
-        return complain(f"error: {error}", 2)
+        told = os_error_text(error) if isinstance(error, OSError) else None
+        return complain(f"error: {told or error}", 2)
     command = ["evaluate", "--config", args.config, "--model", args.model, "--out", str(args.out), "--n", str(args.n)]
     command += ["--temperature", str(args.temperature), "--top-p", str(args.top_p)]
     for path in files:

@@ -375,6 +375,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the built-in command")
     parser.add_argument("--deadline-s", type=float, default=600.0, help="longest time one run may take")
     args = parser.parse_args(arguments)
+    if args.kills < 1 or args.ranks < 1 or not args.deadline_s > 0 or not 0 <= args.save_share <= 1:
+        parser.error("--kills and --ranks must be at least 1, --deadline-s positive, --save-share within 0 and 1")
     work = args.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

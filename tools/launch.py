@@ -107,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give torchrun's own arguments after --")
     split = arguments.index("--")
     args = parser.parse_args(arguments[:split])
+    if not args.grace_s >= 0:
+        parser.error(f"--grace-s must not be negative, got {args.grace_s}")
+    if not arguments[split + 1 :]:
+        parser.error("give torchrun's own arguments after --")
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     return Launcher([text.replace("{node}", node) for text in arguments[split + 1 :]], args.grace_s).wait()
 

@@ -98,6 +98,10 @@ def main() -> int:
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help="only these, by their names in the table")
     parser.add_argument("--markdown", metavar="FILE.md", help="write the table as Markdown")
     args = parser.parse_args()
+    known = [case.name for model in args.models for case in cases(model)]
+    unknown = sorted(set(args.layouts or ()) - set(known))
+    if unknown:
+        parser.error(f"--layouts {', '.join(unknown)}: the table has {', '.join(dict.fromkeys(known))}")
     from tiny import make_tiny_hf
 
     header = ["model", "layout", "phase", "measured MiB", "predicted MiB", "worst error"]

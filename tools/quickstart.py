@@ -17,6 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spear_megatron.config.loader import load
+from spear_megatron.config.schema import Config
+from spear_megatron.parallel.paths import check_output_folder
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 1800
 
@@ -30,6 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value, handed to every command")
     args = parser.parse_args(argv)
     out = Path(args.out)
+    if args.ranks < 1:
+        parser.error(f"--ranks must be at least 1, got {args.ranks}")
+    try:
+        check_output_folder(out, "--out")
+        load(Config, args.config, args.overrides)
+        if out.is_dir() and next(out.iterdir(), None) is not None and not (out / "model").is_dir():
+            raise ValueError(f"--out {out} holds something else than an earlier quickstart: name another folder")
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     runner = Runner(out, args.config, args.ranks, args.overrides)

@@ -89,6 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--servers-per-node", type=int, required=True)
     parser.add_argument("--tp", type=int, required=True, help="GPUs per server")
     args = parser.parse_args(argv)
+    for name in ("nodes", "servers_per_node", "tp"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    host, _, port = args.address.rpartition(":")
+    if not host or not port.isdecimal():
+        parser.error(f"--address must be HOST:PORT of the Ray head, got {args.address!r}")
     try:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

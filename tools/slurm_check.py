@@ -210,6 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("outputs/slurm_check"), help="folder, replaced")
     parser.add_argument("--port", type=int, help="first of three ports for SLURM (default: free ones)")
     args = parser.parse_args(argv)
+    there = sorted(path.stem for path in (ROOT / "examples" / "slurm").glob("*.sbatch"))
+    unknown = sorted(set(args.scripts) - set(there))
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: the scripts are {', '.join(there)}")
     missing = [name for name in ("munge", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
     if missing or os.geteuid():
         print(f"error: needs root and {', '.join(missing) or 'nothing else'}", file=sys.stderr)

@@ -35,6 +35,7 @@ from study_pool import DONE_NAME, ROOT, is_done, record_of, run_all, run_command
 from study_report import write_report
 
 from spear_megatron.evaluation.study import Run, common_budget, outcomes
+from spear_megatron.parallel.paths import os_error_text
 
 TUNING_SEEDS = (101,)  # disjoint from the study's 1, 2, ...
 SWEEP_SEED = 1
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms = [chosen(study.arms, name, "--arms").name for name in args.arms or study.arms]
         failures = carry_out(args, study, tasks, arms)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"study: {error}", file=sys.stderr)
+        told = os_error_text(error) if isinstance(error, OSError) else None
+        print(f"study: {told or error}", file=sys.stderr)
         return 2
     for failure in failures:
         print(failure, file=sys.stderr)
@@ -78,6 +80,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.jobs < 1:
         parser.error("--seeds and --jobs must be at least 1")
+    if args.report_only and not args.out.is_dir():
+        parser.error(f"--report-only reads finished runs, but --out {args.out} is no folder: name that of the study")
+    if args.frozen is not None and not args.tune and not args.frozen.is_file():
+        parser.error(f"--frozen {args.frozen} does not exist: run --tune first, or leave it away")
     return args
 
 

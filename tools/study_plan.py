@@ -106,8 +106,9 @@ def load_study(path: Path) -> Study:
             arms=arms, tasks=tasks, baselines=tuple(raw["baselines"]), sweep_arm=sweep.get("arm"), sweep=variants,
             notes=None if notes is None else Path(os.path.abspath(path.parent / notes)),
         )  # fmt: skip
-    except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not a study file: {type(error).__name__}: {error}") from error
+    except (KeyError, TypeError, AttributeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a study file: {type(error).__name__}: {reason}") from error
     if study.notes is not None and not study.notes.is_file():
         raise ValueError(f"{path}: notes names {study.notes}, which does not exist")
     unknown = [name for name in (*study.baselines, *filter(None, [study.sweep_arm])) if name not in arms]

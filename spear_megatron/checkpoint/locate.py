@@ -25,13 +25,14 @@ def find_checkpoint(path: Path, check: CheckFiles = check_files) -> tuple[Path, 
     Raises:
         ValueError: there is none, or none is intact; names what is wrong with each.
     """
-    refusals = []
+    refusals: list[str] = []
     for folder in checkpoint_folders(path):
         problems, manifest = _inspect(folder, check)
         if manifest is not None and not problems:
+            for refusal in refusals:
+                logger.warning("checkpoint refused. %s", refusal)
             return folder, manifest
         refusals.append(f"{folder.name}: {'; '.join(problems)}")
-        logger.warning("checkpoint refused. %s", refusals[-1])
     if refusals:
         raise ValueError(f"no usable checkpoint at {path} ({' | '.join(refusals)}); restore one")
     raise ValueError(f"{path} holds no checkpoint: give a step folder, a folder of checkpoints, or a run directory")

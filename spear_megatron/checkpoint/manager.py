@@ -192,17 +192,18 @@ class CheckpointManager:
             CheckpointError: there are checkpoints, but none is usable, or the newest good one is of another model.
         """
         self.wait()
-        refusals = []
+        refusals: list[str] = []
         wanted = {"model": model_chunks, "optimizer": optimizer, "scheduler": scheduler}
         needed = {*required, *(name for name, part in wanted.items() if part is not None)}
         for step in reversed(self.steps()):
             problems = self._problems(step, needed)
             if not problems:
+                if self._parallel.rank == 0:
+                    for refusal in refusals:
+                        logger.warning("checkpoint refused, trying an older one. %s", refusal)
                 return self._load(step, model_chunks, optimizer, scheduler)
             refusals.append(f"{self._store.path(step).name}: {'; '.join(problems)}")
             self._refused.add(step)
-            if self._parallel.rank == 0:
-                logger.warning("checkpoint refused, trying an older one. %s", refusals[-1])
         if refusals:
             raise CheckpointError(
                 f"no usable checkpoint in {self._store.root} ({' | '.join(refusals)}); "

@@ -23,6 +23,7 @@ from spear_megatron.environments.workers.pool import WorkerPool
 from spear_megatron.model.hf_folder import HFWeights
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.parallel.agreement import agreed, gather_objects
+from spear_megatron.parallel.paths import check_input_folder
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rewards.answers import canonical_answer
 from spear_megatron.rewards.registry import build_reward
@@ -40,19 +41,35 @@ from spear_megatron.rollout.sglang.start import Servers
 from spear_megatron.types import Group, Prompt, Trajectory
 
 
-def load_renderer(folder: str | Path) -> ChatRenderer:
+def load_renderer(folder: str | Path, vocab_size: int | None = None) -> ChatRenderer:
     """Chat rendering with the tokenizer of a Hugging Face folder.
 
+    Args:
+        vocab_size: rows of the model's embedding, which must hold every token; None where there is no model.
+
     Raises:
-        ValueError: the folder has no usable tokenizer or chat template.
+        ValueError: the folder has no usable tokenizer or chat template, or its tokens are not those of the model.
     """
     from transformers import AutoTokenizer
 
+    check_input_folder(folder, "give a model folder in Hugging Face format")
     try:
-        return ChatRenderer(AutoTokenizer.from_pretrained(str(folder)))
-    except (OSError, KeyError) as error:
-        remedy = "copy the model's tokenizer files there"
-        raise ValueError(f"{folder} has no usable tokenizer ({error}); {remedy}") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever a library raises on files that it cannot use
+        reason = " ".join(str(error).split())[:200]
+        remedy = "copy config.json and the tokenizer files of the model there"
+        raise ValueError(f"{folder} has no usable tokenizer ({type(error).__name__}: {reason}): {remedy}") from error
+    try:
+        renderer = ChatRenderer(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    largest = max(tokenizer.get_vocab().values())
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has token ids up to {largest}, but config.json a vocab_size of {vocab_size}: "
+            "copy the tokenizer files that belong to this model there"
+        )
+    return renderer
 
 
 def load_episode_prompts(config: Config, split: Split, renderer: ChatRenderer) -> list[Prompt]:

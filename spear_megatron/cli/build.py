@@ -102,7 +102,8 @@ def open_run(config: Config, stop: StopFlag) -> Iterator[Run]:
         RunError: the run cannot start or cannot be continued.
     """
     model = config.actor_rollout_ref.model.path
-    shape, renderer = ModelShape.from_folder(model), load_renderer(model)
+    shape = ModelShape.from_folder(model)
+    renderer = load_renderer(model, shape.vocab_size)
     train_prompts = load_episode_prompts(config, "train", renderer)
     validates = config.trainer.test_freq > 0 or config.trainer.val_before_train
     val_prompts = load_episode_prompts(config, "val", renderer) if validates else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,8 +22,11 @@ def run(args: argparse.Namespace) -> int:
     """Answer messages until an empty line or the end of the input."""
     from spear_megatron.config.loader import load
     from spear_megatron.config.schema import Config
+    from spear_megatron.parallel.paths import check_input_folder
 
-    folder = Path(args.run_dir)
+    folder = check_input_folder(args.run_dir, "give a run directory, or a model folder in Hugging Face format")
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature must not be negative, got {args.temperature}: 0 is greedy")
     model = folder / "hf" if (folder / "hf" / "config.json").is_file() else folder
     settings = folder / "config.yaml"
     overrides = [f"actor_rollout_ref.model.path={model}"]
@@ -47,9 +49,9 @@ def converse(config: Config, temperature: float, messages: list[str] | None) -> 
 
     path = config.actor_rollout_ref.model.path
     shape = ModelShape.from_folder(path)
+    renderer = load_renderer(path, shape.vocab_size)
     engine = EmbeddedEngine(shape, max_num_seqs=1, max_model_len=max_model_len(config))
     load_engine(engine, path, shape)
-    renderer = load_renderer(path)
     make_environment, sandbox = open_environment(config)
     sampling = dataclasses.replace(samplings(config)[1], temperature=temperature)
     parts = {"engine": engine, "renderer": renderer, "sampling": sampling}

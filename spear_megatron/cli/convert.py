@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert and say what was written."""
     from spear_megatron.checkpoint.convert import hf_to_mcore, mcore_to_hf, verify
+    from spear_megatron.parallel.paths import check_output_folder
 
+    if args.direction != "verify":
+        check_output_folder(args.out, "--out")
     if args.direction == "hf-to-mcore":
         step = hf_to_mcore(args.hf, args.out, tp=args.tp, pp=args.pp, shard_bytes=args.shard_size, say=_say)
         done = f"wrote {step}"

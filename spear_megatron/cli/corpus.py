@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
     """Write the corpus, and say what is in it."""
     from spear_megatron.data.corpus_files import is_corpus, open_corpus
     from spear_megatron.data.corpus_write import write_corpus
+    from spear_megatron.parallel.paths import check_output_folder
 
-    if args.out.exists():
-        raise ValueError(f"{args.out} exists: name a new folder, or remove it")
+    check_output_folder(args.out, "--out", new=True)
     is_run = args.source.is_dir() and not is_corpus(args.source)
     if args.min_reward is not None and not is_run:
         raise ValueError("--min-reward belongs to stored trajectories: give a run directory as --source")
@@ -125,7 +125,7 @@ def _vocabulary(args: argparse.Namespace) -> str:
     from spear_megatron.data.chat import vocabulary_sha256
 
     if not args.source.exists():
-        raise ValueError(f"--source={args.source} does not exist")
+        raise ValueError(f"--source={args.source} does not exist: check the path")
     if args.model is None:
         raise ValueError(f"{args.source} needs --model: the folder of the model whose tokenizer its tokens are of")
     return vocabulary_sha256(load_renderer(args.model).tokenizer)

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args)
     choice = engine_choice(args, config)
     config = as_evaluation(config, args, choice)
-    from spear_megatron.cli.preflight import check_agents, check_before_start, print_plan
+    from spear_megatron.cli.preflight import check_agents, check_before_start, check_places, print_plan
 
     check_out(Path(args.out))
     check_before_start(config)
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_plan(config)
         return 0
+    check_places(config, args.out, "--out", weights=choice.kind == "embedded")
     from spear_megatron.cli.evaluation import run_evaluation
 
     run_evaluation(config, choice, Path(args.out))

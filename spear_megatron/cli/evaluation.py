@@ -83,9 +83,10 @@ def run_evaluation(config: Config, choice: EngineChoice, out: Path) -> None:
         RunError: no sample could be measured, or a rank failed. What was finished stays in ``out``.
     """
     model = config.actor_rollout_ref.model.path
-    renderer = load_renderer(model)
+    shape = ModelShape.from_folder(model)
+    renderer = load_renderer(model, shape.vocab_size)
     subject = _Subject(
-        config, choice, renderer, ModelShape.from_folder(model), load_episode_prompts(config, "val", renderer)
+        config, choice, renderer, shape, load_episode_prompts(config, "val", renderer)
     )
     with open_parallel(config) as parallel, contextlib.ExitStack() as stack:
         samples: dict[Key, Sample] = {}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from spear_megatron.cli.build import reads_old_log_probs
 from spear_megatron.config.checks_replay import most_stored
+from spear_megatron.parallel.launch import local_world_size
+from spear_megatron.parallel.launch import world_size as launched_ranks
 from spear_megatron.plan.assess import assess
 from spear_megatron.plan.layout import Layout
 from spear_megatron.plan.machine import GIB, Machine
@@ -92,7 +94,7 @@ def this_machine(world_size: int) -> Machine:
     """The machine of this process; on the CPU with rates of an ordinary core per rank."""
     import torch
 
-    local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
+    local = min(local_world_size(world_size), world_size)
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     nodes = max(1, world_size // local)
     if torch.cuda.is_available():
@@ -121,7 +123,7 @@ def dry_run_lines(config: Config) -> list[str]:
     from spear_megatron.model.shape import ModelShape
 
     shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_ranks()
     machine, on_host = this_machine(world_size), not torch.cuda.is_available()
     rollout = config.actor_rollout_ref.rollout
     if on_host and rollout.name == "sglang" and rollout.sglang.colocated:

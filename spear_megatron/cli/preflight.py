@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from spear_megatron.parallel.launch import local_rank, world_size
+from spear_megatron.parallel.paths import check_output_folder, os_error_text
 
 if TYPE_CHECKING:
     from spear_megatron.config.schema import Config
@@ -23,7 +25,7 @@ def check_before_start(config: Config) -> None:
     path = config.actor_rollout_ref.model.path
     if not path:
         raise ValueError("actor_rollout_ref.model.path is not set: give a model folder in Hugging Face format")
-    check_config(config, ModelShape.from_folder(path), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    check_config(config, ModelShape.from_folder(path), world_size=world_size())
 
 
 def check_machine(config: Config) -> None:
@@ -36,17 +38,41 @@ def check_machine(config: Config) -> None:
     from spear_megatron.model.acceleration import choose_acceleration
 
     actor = config.actor_rollout_ref.actor
-    platform = detect_platform(int(os.environ.get("LOCAL_RANK", "0")))
+    platform = detect_platform(local_rank())
     choose_acceleration(actor.megatron, actor.kernels, platform, config.actor_rollout_ref.model.torch_dtype)
 
 
-def machine_notes(config: Config) -> list[str]:
-    """What :func:`check_machine` refuses, as a note: a dry run may be made on another machine than the run."""
-    try:
-        check_machine(config)
-    except ValueError as error:
-        return [f"on this machine: {error}"]
-    return []
+def check_places(config: Config, folder: str, key: str, *, weights: bool = True) -> None:
+    """Whether the model's weights can be read, by their headers, and the results be written.
+
+    Args:
+        folder: of the results. key: configuration key or option that named it.
+        weights: of ``actor_rollout_ref.model.path`` are read here.
+
+    Raises:
+        ValueError: a tensor or file is missing or damaged, or the folder cannot be written; names it and the remedy.
+        OSError: a file cannot be read.
+    """
+    from spear_megatron.model.hf_folder import HFWeights
+    from spear_megatron.model.shape import ModelShape
+
+    check_output_folder(folder, key)
+    if weights:
+        path = config.actor_rollout_ref.model.path
+        HFWeights.open(path, ModelShape.from_folder(path))
+
+
+def machine_notes(config: Config, folder: str, key: str) -> list[str]:
+    """What :func:`check_machine` and :func:`check_places` refuse, as notes: a dry run may be made on another machine
+    than the run."""
+    notes = []
+    for check in (lambda: check_machine(config), lambda: check_places(config, folder, key)):
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            told = os_error_text(error) if isinstance(error, OSError) else None
+            notes.append(f"on this machine: {told or error}")
+    return notes
 
 
 def check_agents(config: Config) -> None:
@@ -93,7 +119,7 @@ def print_plan(config: Config) -> None:
 
     shape = ModelShape.from_folder(config.actor_rollout_ref.model.path)
     megatron = config.actor_rollout_ref.actor.megatron
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     print(to_yaml(config), end="")
     print(f"# model: {shape.architecture}, {shape.num_parameters():,} parameters, {shape.num_layers} layers")
     context = f"x context {megatron.context_parallel_size} " if megatron.context_parallel_size > 1 else ""

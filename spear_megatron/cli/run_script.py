@@ -18,10 +18,16 @@ def script_overrides(path: str) -> list[str]:
     from spear_megatron.config.spear_translate import describe_rows, overrides_of, translate
     from spear_megatron.parallel.once import is_first_to_say
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"run script {path} does not exist")
+    file = Path(path)
+    if not file.is_file():
+        problem = "is a folder" if file.is_dir() else "does not exist"
+        raise FileNotFoundError(f"run script {path!r} {problem}: name a shell script")
     try:
-        script = parse_run_script(Path(path).read_text(encoding="utf-8"), {"PWD": os.getcwd(), **os.environ})
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8: name a shell script") from error
+    try:
+        script = parse_run_script(text, {"PWD": os.getcwd(), **os.environ})
         rows = translate(script)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -15,6 +15,7 @@ from spear_megatron.config.schema import Config
 from spear_megatron.device.host_memory import keep_freed_memory
 from spear_megatron.observability.record import NullRecorder, Recorder, RunRecorder
 from spear_megatron.parallel.agreement import agreed
+from spear_megatron.parallel.launch import local_world_size
 from spear_megatron.parallel.state import ParallelState, initialize
 
 
@@ -48,7 +49,7 @@ def open_parallel(config: Config) -> Iterator[ParallelState]:
 
 def default_threads() -> int:
     """CPU threads of one of this host's ranks: an equal share of the cores that the job may use."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
 
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -24,18 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train on ``sft.train_files`` or on demonstrations of the built-in tasks, then export."""
     config = as_supervised(load_config(args))
-    from spear_megatron.cli.preflight import check_before_start, check_machine, machine_notes, print_plan
+    from spear_megatron.cli.preflight import check_before_start, check_machine, check_places, machine_notes, print_plan
     from spear_megatron.data.dali import dali_modules
 
+    folder, key = config.sft.default_local_dir, "sft.default_local_dir"
+    check_sft_warmup(config)
     check_before_start(config)
     if config.sft.data_source == "dali":
         dali_modules()
     if args.dry_run:
         print_plan(config)
-        for line in machine_notes(config):
+        for line in machine_notes(config, folder, key):
             print(f"# {line}")
         return 0
     check_machine(config)
+    check_places(config, folder, key)
+    if config.sft.save_freq < 0 and any(Path(folder, "checkpoints").glob("step_*")):
+        raise ValueError(
+            f"{key}={folder} holds the checkpoints of a run, whose record would go: name another folder, or "
+            "continue it with sft.save_freq above 0"
+        )
     fine_tune(config)
     return 0
 
@@ -59,7 +67,7 @@ def fine_tune(config: Config) -> None:
     folder, steps = config.actor_rollout_ref.model.path, config.sft.total_training_steps
     optim = config.actor_rollout_ref.actor.optim
     shape = ModelShape.from_folder(folder)
-    corpus = load_corpus(config, load_renderer(folder))
+    corpus = load_corpus(config, load_renderer(folder, shape.vocab_size))
     with open_parallel(config) as parallel:
         actor, _ = build_actor(config, parallel, shape, optim, steps)
         reading = Reading(
@@ -86,6 +94,15 @@ def fine_tune(config: Config) -> None:
                     )
                 )
         export_hf(actor.chunks, shape, parallel, Path(config.sft.default_local_dir) / "hf", folder)
+
+
+def check_sft_warmup(config: Config) -> None:
+    """The warm-up must end within the run. Raises ValueError, with the keys of this command."""
+    warmup, steps = config.sft.lr_warmup_steps, config.sft.total_training_steps
+    if warmup >= steps:
+        raise ValueError(
+            f"sft.lr_warmup_steps={warmup} leaves nothing of sft.total_training_steps={steps}: lower it, or raise these"
+        )
 
 
 def as_supervised(config: Config) -> Config:

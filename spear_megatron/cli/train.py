@@ -25,11 +25,13 @@ def run(args: argparse.Namespace) -> int:
         check_agents,
         check_before_start,
         check_machine,
+        check_places,
         machine_notes,
         print_plan,
         print_warnings,
     )
 
+    folder, key = config.trainer.default_local_dir, "trainer.default_local_dir"
     check_before_start(config)
     check_agents(config)
     print_warnings(config)
@@ -37,10 +39,11 @@ def run(args: argparse.Namespace) -> int:
         from spear_megatron.cli.planning import dry_run_lines
 
         print_plan(config)
-        for line in (*dry_run_lines(config), *machine_notes(config)):
+        for line in (*dry_run_lines(config), *machine_notes(config, folder, key)):
             print(f"# {line}")
         return 0
     check_machine(config)
+    check_places(config, folder, key)
     from spear_megatron.cli.build import open_run
     from spear_megatron.cli.session import StopFlag
     from spear_megatron.trainer.loop import train

@@ -28,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
 
     from spear_megatron.observability import view
     from spear_megatron.observability.trajectories import read_trajectories
+    from spear_megatron.parallel.paths import check_input_folder
 
+    check_input_folder(args.run_dir, "give the directory of a run")
     console = Console(highlight=False)
     if args.lineage is not None:
         from spear_megatron.observability import lineage_view

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union
 REQUIRED = "???"
 _MISSING_REMEDY = "is required and was not set; give it in the YAML file or on the command line"
 _FLOAT_MAX = 1.7976931348623157e308
+_INT_END = 2**63
 
 
 def key_of(name: str) -> str:
@@ -172,6 +173,8 @@ def _fit(value: Any, hint: Any, key: str, origin: Callable[[str], str]) -> Any:
         return Path(value) if isinstance(value, str) else _NO_FIT
     if isinstance(kind, type) and is_dataclass(kind):
         return _NO_FIT
+    if kind is int and type(value) is int and abs(value) >= _INT_END:
+        raise ValueError(f"{key} must be an integer of 64 bits, got {shown(value)}{origin(key)}")
     if kind in (int, str, bool):
         return value if type(value) is kind else _NO_FIT
     raise TypeError(f"field {key}: type {hint!r} is not supported in a configuration")

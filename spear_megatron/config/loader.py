@@ -90,13 +90,13 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
 
 def _file_layers(path: Path, children: tuple[Path, ...]) -> list[_Layer]:
     """Layers of ``path`` and its ancestors, the oldest first. ``children`` are the files that led here."""
-    if path.resolve() in children:
-        raise ValueError(f"{path}: '{BASE_KEY}' leads back to this file; remove the circle")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a YAML file")
     if not path.is_file():
         reason = f", named as '{BASE_KEY}' in {children[-1]}" if children else ""
         raise FileNotFoundError(f"configuration file {path} does not exist{reason}")
+    if path.resolve() in children:
+        raise ValueError(f"{path}: '{BASE_KEY}' leads back to this file; remove the circle")
     values = _parse_file(path)
     bases = values.pop(BASE_KEY, [])
     bases = [bases] if isinstance(bases, str) else bases
@@ -121,6 +121,8 @@ def _parse_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must hold a mapping of keys to values, not a single value") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply to be a configuration") from error
+    except ValueError as error:  # a number or a date that Python cannot hold
+        raise ValueError(f"{path} holds a value that cannot be read: {_first_line(error)}") from error
     values = OmegaConf.to_container(config, resolve=False)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, not a list")
@@ -154,10 +156,12 @@ def _override_layer(root: type, text: str) -> _Layer:
     except yaml.YAMLError as error:
         problem = _yaml_problem(error, raw)
         raise ValueError(f"{key}: the value of override {text!r} is not valid YAML: {problem}") from error
-    except (OmegaConfBaseException, RecursionError) as error:
+    except (OmegaConfBaseException, RecursionError, ValueError) as error:
         raise ValueError(f"{key}: the value of override {text!r} cannot be read: {_first_line(error)}") from error
     if _takes_raw_text(root, key, value, raw):
         value = raw.strip()
+    elif value is None and not raw.strip():  # most often a variable of the shell that is not set
+        raise ValueError(f"{key} is given no value in the override {text!r}: write {key}=null to unset it")
     for part in reversed(key.split(".")):
         value = {part: value}
     return _Layer(value, origin)

@@ -26,7 +26,7 @@ from spear_megatron.data.corpus_files import (
 )
 from spear_megatron.data.sft import SftExample
 from spear_megatron.data.tar_index import write_index, write_tar
-from spear_megatron.observability.files import sync_path, write_atomically
+from spear_megatron.observability.files import named_errors, sync_path, write_atomically
 
 Samples = Iterator[tuple[Array, Array]]
 
@@ -53,7 +53,8 @@ def write_corpus(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        info = _write(staging, examples, form, source, vocabulary_sha256)
+        with named_errors(folder):
+            info = _write(staging, examples, form, source, vocabulary_sha256)
         os.rename(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -14,6 +14,7 @@ from spear_megatron.data.files import hash_file
 from spear_megatron.data.published import Convert, Converted, Unusable, convert_retool, problem_converter
 from spear_megatron.data.sources import Source, find_source, read_rows
 from spear_megatron.observability.files import write_atomically
+from spear_megatron.parallel.paths import check_output_folder
 
 DATASETS: Mapping[str, Convert] = {
     "dapo-math-17k": problem_converter("dapo-math-17k", aime=False),
@@ -124,6 +125,7 @@ def prepare_dataset(dataset: str, source: str, out: Path, *, revision: str | Non
     """
     if dataset not in DATASETS:
         raise ValueError(f"--dataset={dataset} is not known: use one of {', '.join(DATASETS)}")
+    check_output_folder(out, "--out")
     found = find_source(source, revision)
     tally = _collect(dataset, found)
     rows = tally.written()

@@ -40,6 +40,8 @@ def find_source(name: str, revision: str | None = None) -> Source:
         ValueError: nothing is there, it has no data files, ``revision`` is given for local files, or the data set
             cannot be fetched, as when huggingface_hub is not installed.
     """
+    if not name:
+        raise ValueError("--source is empty: name a file, a folder, or a data set of the hub as owner/name")
     path = Path(name)
     if path.exists():
         if revision is not None:

@@ -17,6 +17,7 @@ import torch
 
 from spear_megatron.data.generator import LEVELS, draw_problems
 from spear_megatron.data.jsonl import read_jsonl
+from spear_megatron.parallel.paths import check_output_folder, os_error_text
 from spear_megatron.parallel.seeds import derive_key, generator
 
 if TYPE_CHECKING:
@@ -221,10 +222,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--conversations", help="JSONL file of messages whose texts the tokenizer is trained on")
     args = parser.parse_args(argv)
     try:
+        check_output_folder(args.out, "OUT")
         texts = None if args.conversations is None else conversation_texts(args.conversations)
         folder = make_tiny_model(args.out, seed=args.seed, max_vocab_size=args.vocabulary, texts=texts)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        told = os_error_text(error) if isinstance(error, OSError) else str(error)
+        if told is None:
+            raise
+        parser.error(told)
     print(f"wrote {folder}")
     return 0
 

@@ -16,6 +16,7 @@ from spear_megatron.model.hf_io import iter_hf_tensors
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.observability.files import sync_path
 from spear_megatron.parallel.agreement import forget_heartbeat, gather_objects, heartbeat, wait_for_leaders
+from spear_megatron.parallel.errors import RunError
 from spear_megatron.parallel.state import ParallelState
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def export_hf(
     takes its place at the end: a crash leaves the old one. ``dtype`` None keeps the model's.
 
     Raises:
-        OSError: on every rank alike, when the writer failed (disk full, no permission); says why.
+        RunError: on every rank alike, when the writer failed (disk full, no permission); says why.
         RunTimeout: the writer was not heard of, or took longer than ``TIMEOUT_S``.
     """
     problem, phase = None, f"export to {out_dir}"
@@ -73,7 +74,7 @@ def export_hf(
     problem = gather_objects(parallel, problem)[0]
     forget_heartbeat(parallel, phase)
     if problem is not None:
-        raise OSError(f"exporting the model to {out_dir} failed: {problem}")
+        raise RunError(f"exporting the model to {out_dir} failed: {problem}")
 
 
 def plan_shards(shape: ModelShape, dtype: torch.dtype, max_shard_bytes: int) -> list[list[str]]:

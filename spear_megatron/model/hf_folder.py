@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from spear_megatron.model.shape import ModelShape
+from spear_megatron.parallel.paths import check_input_folder
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_POINTER = b"version https://git-lfs"
 _DTYPES = ("F32", "BF16", "F16")
 
 
@@ -37,6 +39,7 @@ class HFWeights:
 
         Raises:
             ValueError: no weights, a damaged file, or a missing, unknown or misshapen tensor; names tensor and file.
+            OSError: a file cannot be read.
         """
         folder = Path(folder)
         headers = {file: _read_header(file) for file in _weight_files(folder)}
@@ -71,8 +74,7 @@ class HFWeights:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give a model folder in Hugging Face format")
+    check_input_folder(folder, "give a model folder in Hugging Face format")
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if not index.exists():
         if single.exists():
@@ -92,12 +94,15 @@ def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Tensor name -> (shape, dtype name)."""
     from safetensors import SafetensorError, safe_open
 
+    with file.open("rb") as stream:  # the library tells a file without permission as a missing one
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{file} is a Git LFS pointer, not the weights: fetch them with 'git lfs pull'")
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
+        raise ValueError(f"{file} is damaged or not a safetensors file: {error}; copy it anew") from None
 
 
 def _check_tensors(

@@ -13,6 +13,7 @@ from spear_megatron.model.hf_folder import HFWeights
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.model.weight_map import Piece, local_pieces
 from spear_megatron.parallel.agreement import gather_objects
+from spear_megatron.parallel.paths import os_error_text
 from spear_megatron.parallel.state import ParallelState
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ def load_hf_folder(
     weights, problem = None, None
     try:
         weights = HFWeights.open(folder, shape)
-    except ValueError as error:
-        problem = str(error)
+    except (ValueError, OSError) as error:
+        problem = (os_error_text(error) if isinstance(error, OSError) else None) or str(error)
     problems = [text for text in gather_objects(parallel, problem) if text is not None]
     if problems or weights is None:
         raise ValueError(problems[0])

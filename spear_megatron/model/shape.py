@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from spear_megatron.parallel.paths import check_input_folder
+
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _SIZES = (
     "hidden_size",
@@ -20,6 +22,7 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+_LARGEST = {"num_hidden_layers": 10_000}
 _PLAIN_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
 
@@ -67,8 +70,9 @@ class ModelShape:
 
         Raises:
             ValueError: the file is missing, is not JSON, or describes an unsupported model; names the file.
+            OSError: it cannot be read.
         """
-        file = Path(path) / "config.json"
+        file = check_input_folder(path, "give a model folder in Hugging Face format") / "config.json"
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -177,6 +181,11 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
     ):
         raise ValueError(f"layer_types {layer_types!r}: only a list of full_attention layers is supported")
+    if layer_types is not None and len(layer_types) != config.get("num_hidden_layers"):
+        raise ValueError(
+            f"layer_types names {len(layer_types)} layers, but num_hidden_layers is "
+            f"{config.get('num_hidden_layers')!r}: restore config.json"
+        )
     if _flag(config, "use_sliding_window") and not layer_types:
         # without layer_types, layers from max_window_layers on use the window
         if _integer(config, "max_window_layers") < _integer(config, "num_hidden_layers"):
@@ -214,8 +223,11 @@ def _flag(config: Mapping[str, Any], key: str) -> bool:
 
 def _integer(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
+    largest = _LARGEST.get(key, 2**31 - 1)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{key} must be a positive integer, got {value!r}")
+    if value > largest:
+        raise ValueError(f"{key}={value} is no size of a model, at most {largest} is read: restore config.json")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def arm_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _stem(path: Path) -> Path:
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # Path.resolve() raises on a link that leads back to itself
     if _SEED_FOLDER.fullmatch(path.name):
         return path.parent
     return path.with_name(_SEED_SUFFIX.sub("", path.name))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spear_megatron.observability.arms import Arm
+from spear_megatron.observability.files import named_errors
 from spear_megatron.observability.panels import Line, Panel
 from spear_megatron.observability.plots import Curve, text_chart
 
@@ -54,7 +55,8 @@ def save_panels(
     _head(figure, arms, title, smooth)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with named_errors(path):
+        figure.savefig(path, dpi=120)
     return path
 
 

@@ -12,8 +12,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` and wait until file and folder are on disk.
 
     Raises:
+        ValueError: ``path`` is a folder or a device.
         OSError: it could not; names the file, and leaves the old one as it was.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no ordinary file and is not replaced: name another")
     temporary = path.with_name(f".{path.name}.tmp")
     with named_errors(temporary):
         try:
@@ -22,7 +25,8 @@ def write_atomically(path: Path, data: bytes) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError:
-            temporary.unlink(missing_ok=True)  # on a full disk every byte counts
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # on a full disk every byte counts
             raise
     os.replace(temporary, path)
     sync_path(path.parent)

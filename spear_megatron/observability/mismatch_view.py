@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spear_megatron.observability.files import named_errors
+
 Figures = Mapping[str, Mapping[str, float]]
 """Figures by bucket: tokens, abs_diff_mean, abs_diff_max, k3, over_bound."""
 
@@ -88,7 +90,8 @@ def save_mismatch_plot(
     if title:
         figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with named_errors(path):
+        figure.savefig(path, dpi=120)
     return path
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spear_megatron.observability.files import named_errors
 from spear_megatron.observability.intervals import wilson_interval
 
 
@@ -89,7 +90,8 @@ def save_learning_curve(record: Sequence[Mapping[str, Any]], path: str | Path, t
         figure.suptitle(title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with named_errors(path):
+        figure.savefig(path, dpi=120)
     return path
 
 

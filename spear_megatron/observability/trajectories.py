@@ -169,11 +169,13 @@ def read_trajectories(run_dir: str | Path, step: int, kind: Kind = "train") -> l
         raise FileNotFoundError(f"{run_dir} keeps no {kind} trajectories of step {step}; {there}")
     kept = []
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 kept.append(decode_line(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} line {number} is damaged: {type(error).__name__} {error}") from error
+    if not kept:
+        raise ValueError(f"{paths[0]} is empty: the run ended before it wrote a trajectory; give another --step")
     return sorted(kept, key=lambda item: item.trajectory.id)
 
 

@@ -15,7 +15,7 @@ def is_first_to_say(text: str) -> bool:
     Ranks started by ``torchrun`` ask the store that it hosts, which needs no process groups and outlives a failing
     rank. True without such a store, so that nothing stays unsaid.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     from torch.distributed import TCPStore
 

@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from spear_megatron.device.optional import protect_megatron
 from spear_megatron.device.platform import Platform, detect_platform
+from spear_megatron.parallel.errors import RunError
+from spear_megatron.parallel.launch import check_launch, local_rank
+from spear_megatron.parallel.launch import world_size as launched_ranks
 from spear_megatron.parallel.waits import WaitClock
 
 
@@ -97,12 +100,15 @@ def initialize(
         platform: device and backend; detected from LOCAL_RANK if not given.
 
     Raises:
-        ValueError: the sizes do not divide the world, or ask for something unsupported.
+        ValueError: the sizes do not divide the world, or ask for something unsupported, or the environment variables
+            of the launcher do not go together.
+        RunError: the other ranks were not met.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_launch()
+    world_size = launched_ranks()
     _check_sizes(world_size, tp=tp, pp=pp, cp=cp, vpp=vpp)
     protect_megatron()
-    platform = platform or detect_platform(int(os.environ.get("LOCAL_RANK", "0")))
+    platform = platform or detect_platform(local_rank())
     timeout = timedelta(seconds=timeout_s)
     store = _start_distributed(world_size, platform, timeout)
     _start_megatron(tp=tp, pp=pp, cp=cp, vpp=vpp, seed=seed, timeout_s=timeout_s)
@@ -134,7 +140,7 @@ def _start_distributed(world_size: int, platform: Platform, timeout: timedelta) 
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         store, rank = dist.HashStore(), 0
     else:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, world_size = _meet(timeout)
     store.set_timeout(timeout)
     # torchrun's store outlives a destroyed state: keys of an earlier one must not be met again
     generation = store.add(f"spear_megatron/generation/{rank}", 1)
@@ -148,6 +154,19 @@ def _start_distributed(world_size: int, platform: Platform, timeout: timedelta) 
         timeout=timeout,
     )
     return dist.PrefixStore(f"spear_megatron/{generation}", store)
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store of all ranks, this one's number and how many there are."""
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise RunError(
+            f"rank {os.environ['RANK']} cannot meet the others at MASTER_ADDR:MASTER_PORT={where}: {reason}. Start all "
+            "ranks, with an address that reaches the host of rank 0 and a port that is free there"
+        ) from error
 
 
 def _start_megatron(*, tp: int, pp: int, cp: int, vpp: int | None, seed: int, timeout_s: float) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spear_megatron.observability.files import named_errors
 from spear_megatron.plan.assess import Assessment
 from spear_megatron.plan.machine import GIB, Machine
 from spear_megatron.plan.rank import total
@@ -171,7 +172,8 @@ def save_picture(found: Assessment, machine: Machine, path: Path) -> Path:
     axes.set_title(f"{found.layout.describe()}, micro-batches of {found.run.micro_batch_tokens} tokens", size=10)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with named_errors(path):
+        figure.savefig(path, dpi=130)
     return path
 
 

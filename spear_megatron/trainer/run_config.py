@@ -8,6 +8,9 @@ from typing import Literal
 
 from spear_megatron.trainer.watch_config import LossSpikeConfig, ProfileConfig
 
+_YEAR_S = 365 * 24 * 3600.0  # what every clock of a wait can hold
+_MOST_THREADS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
@@ -65,9 +68,12 @@ class TrainerConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("collect_timeout_s", "collective_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"trainer.{name} must be a positive number of seconds, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= _YEAR_S:
+                got = f"got {getattr(self, name):g}"
+                raise ValueError(f"trainer.{name} must be a positive number of seconds, at most a year, {got}")
         self._check_hang()
+        if self.num_threads > _MOST_THREADS:
+            raise ValueError(f"trainer.num_threads must be at most {_MOST_THREADS}, got {self.num_threads}")
         if self.num_threads < 0 or self.num_logged_trajectories < 0 or self.seed < 0:
             names = "trainer.num_threads, trainer.num_logged_trajectories and trainer.seed"
             raise ValueError(f"{names} must not be negative")
@@ -120,6 +126,8 @@ class SFTConfig:
         for name in ("num_examples", "total_training_steps", "train_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sft.{name} must be at least 1, got {getattr(self, name)}")
+        if self.train_files == "":
+            raise ValueError("sft.train_files names no file: name one, or use null for built-in demonstrations")
         if self.save_freq != -1 and self.save_freq < 1:
             raise ValueError(f"sft.save_freq must be -1 (never) or at least 1, got {self.save_freq}")
         for name in ("error_rate", "tool_rate"):

@@ -103,7 +103,7 @@ def test_bad_input_gets_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[
     (full / "x").touch()
     calls = [
         (["hf-to-mcore", "--hf", str(hf), "--out", str(full)], "not empty"),
-        (["hf-to-mcore", "--hf", str(tmp_path / "none"), "--out", str(tmp_path / "o")], "config.json"),
+        (["hf-to-mcore", "--hf", str(tmp_path / "none"), "--out", str(tmp_path / "o")], "give a model folder"),
         (["hf-to-mcore", "--hf", str(hf), "--out", str(tmp_path / "o"), "--tp", "3"], "tensor_model_parallel_size"),
         (["mcore-to-hf", "--mcore", str(full), "--out", str(tmp_path / "o")], "holds no checkpoint"),
     ]

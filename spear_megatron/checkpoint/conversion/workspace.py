@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ class Workspace:
 
 def check_new(out: Path) -> None:
     """Refuse an output folder that holds something (ValueError)."""
-    if out.exists() and (not out.is_dir() or next(out.iterdir(), None) is not None):
+    if os.path.lexists(out) and (not out.is_dir() or next(out.iterdir(), None) is not None):
         raise ValueError(f"{out} exists and is not empty: give a new folder")
 
 
