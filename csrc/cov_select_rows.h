@@ -45,10 +45,10 @@ SPEAR_INLINE float rounded_down(double value) {
 SPEAR_INLINE float rounded_up(double value) { return -rounded_down(-value); }
 
 // The rule in float, with what its rounding can do to a covariance: that of a token is within
-// share * |cov| + spread_log_prob * |A - mean| + spread_advantage * |logp - mean| of the one in double.
+// share * |cov| + spread_log_prob * |A - mean| + spread_advantage * |logp - mean| + spread of the one in double.
 struct CovFilter {
     static constexpr float kShare = 4e-7f;  // six halves of a unit in the last place and some more
-    Float mean_advantage, mean_log_prob, spread_advantage, spread_log_prob;
+    Float mean_advantage, mean_log_prob, spread_advantage, spread_log_prob, spread;
     Float least, most;      // surely inside and not near a bound: between these
     Float lowest, highest;  // surely outside and not near a bound: beyond these
     Float clip_low, clip_high;
@@ -58,8 +58,11 @@ struct CovFilter {
         const float log_prob = static_cast<float>(rule.mean_log_prob);
         mean_advantage = broadcast(advantage);
         mean_log_prob = broadcast(log_prob);
-        spread_advantage = broadcast(1.01f * static_cast<float>(__builtin_fabs(advantage - rule.mean_advantage)));
-        spread_log_prob = broadcast(1.01f * static_cast<float>(__builtin_fabs(log_prob - rule.mean_log_prob)));
+        const double off_advantage = 1.01 * __builtin_fabs(advantage - rule.mean_advantage);
+        const double off_log_prob = 1.01 * __builtin_fabs(log_prob - rule.mean_log_prob);
+        spread_advantage = broadcast(rounded_up(off_advantage));  // upwards, as it may be below the smallest float
+        spread_log_prob = broadcast(rounded_up(off_log_prob));
+        spread = broadcast(rounded_up(off_advantage * off_log_prob + 1e-30));
         least = broadcast(rounded_up(rule.near_lb[1]));
         most = broadcast(rounded_down(rule.near_ub[0]));
         // Bounds may be NaN, which holds nothing, or swapped.
@@ -77,12 +80,12 @@ struct CovBits {
 };
 
 SPEAR_INLINE CovBits filtered(const CovInputs& inputs, int64_t i, const CovFilter& rule) {
-    const Float tiny = Float{} + 1e-30f, zero = {};
+    const Float zero = {};
     const Float advantage = load(inputs.advantages + i), log_prob = load(inputs.log_probs + i);
     const Float by_advantage = advantage - rule.mean_advantage, by_log_prob = log_prob - rule.mean_log_prob;
     const Float covariance = by_advantage * by_log_prob;
     const Float error = magnitude(covariance) * CovFilter::kShare + magnitude(by_advantage) * rule.spread_log_prob +
-                        magnitude(by_log_prob) * rule.spread_advantage + tiny;
+                        magnitude(by_log_prob) * rule.spread_advantage + rule.spread;
     const Float lower = covariance - error, upper = covariance + error;
     const unsigned inside = above(lower, rule.least) & above(rule.most, upper);
     const unsigned outside = above(rule.lowest, upper) | above(lower, rule.highest);

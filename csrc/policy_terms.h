@@ -56,7 +56,10 @@ SPEAR_HOST_DEVICE inline SPEAR_ALWAYS_INLINE PolicyTerms<Value, Mask> policy_ter
     const Mask clipped = bounded < plain;
     const Value surrogate = clipped ? bounded : plain;
     slope = clipped ? zero : slope;
-    if (kMode == kClipCov) return {selected ? zero : surrogate, selected ? zero : slope, clipped, Mask{}};
+    if (kMode == kClipCov) {
+        const Value none = (difference - difference) * advantage;  // 0, or NaN where a token's value is not finite
+        return {selected ? none : surrogate, selected ? zero : slope, clipped, Mask{}};
+    }
     const Value floor = rule.dual * advantage;
     const Mask dual_clipped = (advantage < zero) & (surrogate < floor);
     return {dual_clipped ? floor : surrogate, dual_clipped ? zero : slope, clipped, dual_clipped};

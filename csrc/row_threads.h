@@ -103,14 +103,20 @@ SPEAR_HOST_DEVICE inline SoftmaxState<float> thread_stats(const Element* row, in
             const int vector = first + k * threads;
             if (vector < span.vectors) words[k] = load_words(body + vector * kVectorWidth<Element>);
         }
+        // Summed apart: of equal terms every addition errs the same way, so that few should follow one another.
+        SoftmaxState<float> round;
+        round.max = state.max;
         SPEAR_UNROLL
         for (int k = 0; k < kVectorsInFlight; ++k) {
             if (first + k * threads < span.vectors) {
                 float x[kVectorWidth<Element>];
                 unpack<Element>(words[k], x);
-                add_logits<kEntropy>(state, x, scale);
+                add_logits<kEntropy>(round, x, scale);
             }
         }
+        state.move_to(round.max, FastDecay{scale.log2_factor});
+        state.sum += round.sum;
+        if (kEntropy) state.weighted += round.weighted;
     }
     for (int i = span.tail + thread; i < columns; i += threads) {
         const float x[1] = {to_float(row[i])};

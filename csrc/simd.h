@@ -65,12 +65,6 @@ SPEAR_INLINE void store_pair(Bfloat16* target, Pair pair) {
     __builtin_memcpy(target, &bits, sizeof(bits));
 }
 
-SPEAR_INLINE float sum_lanes(Float value) {
-    float sum = 0;
-    for (int64_t lane = 0; lane < kWidth; ++lane) sum += value[lane];
-    return sum;
-}
-
 // NaN when any lane is NaN.
 SPEAR_INLINE float max_lanes(Float value) {
     float best = value[0];
@@ -90,7 +84,7 @@ SPEAR_INLINE Float exp2_nonpositive(Float x) {
     p = p * f + 2.4022242083e-01f;
     p = p * f + 6.9314697760e-01f;
     p = p * f + 1.0f;
-    return (Float)((Int)p + ((Int)shifted << 23));
+    return (Float)((Word)p + ((Word)shifted << 23));  // unsigned, as lanes that nobody reads may overflow
 }
 
 // e^x for -87 <= x <= 88, relative error below 1.5e-7, exactly 1 at 0; NaN gives NaN. The argument is reduced by
@@ -107,7 +101,7 @@ SPEAR_INLINE Float exponential(Float x) {
     p = p * r + 1.6666519642e-01f;
     p = p * r + 4.9999994040e-01f;
     p = p * (r * r) + r + 1.0f;
-    const Float result = (Float)((Int)p + ((Int)shifted << 23));
+    const Float result = (Float)((Word)p + ((Word)shifted << 23));
     return x == x ? result : x;
 }
 
@@ -145,7 +139,8 @@ struct DoubleSums {
 SPEAR_INLINE Int load_mask(const uint8_t* source) {
     // gcc widens a vector of bytes one by one where it is left to itself.
 #if SPEAR_WIDTH == 16
-    return (Int)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))) != 0;
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return (Int)_mm512_maskz_cvtepi8_epi32(0xffff, bytes) != 0;
 #elif SPEAR_WIDTH == 8
     return (Int)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))) != 0;
 #else

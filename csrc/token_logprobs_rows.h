@@ -2,9 +2,10 @@
 
 constexpr int64_t kPair = 2 * kWidth;
 constexpr int64_t kStep = 2 * kPair;  // elements per unrolled step
+constexpr int64_t kRun = 8 * kStep;   // elements that are added up in float: of equal ones every sum errs the same way
 constexpr int64_t kCacheLine = 64;
 
-// Columns whose sum is kept in float before it goes to double: few enough to stay in L1 between the two passes.
+// Columns that share a reference: few enough to stay in L1 between the two passes.
 template <typename Element>
 constexpr int64_t block_columns = 8192 / static_cast<int64_t>(sizeof(Element));
 
@@ -50,28 +51,33 @@ SPEAR_INLINE void add_block(OnlineSoftmax& state, const Element* x, int64_t leng
     const Float reference = broadcast(state.max);
     const Float floor = broadcast(scale.floor);
     const Float factor = broadcast(scale.log2_factor);
-    LaneSums<kEntropy> lanes[4];
-    int64_t i = 0;
-    for (; i + kStep <= length; i += kStep) {
-        const Element* next = x + i + block_columns<Element>;
-        for (int64_t k = 0; k < kStep; k += kCacheLine / static_cast<int64_t>(sizeof(Element))) {
-            __builtin_prefetch(next + k);
+    DoubleSums sum, weighted;
+    for (int64_t i = 0; i < length;) {
+        const int64_t stop = i + kRun < length ? i + kRun : length;
+        LaneSums<kEntropy> lanes[4];
+        for (; i + kStep <= stop; i += kStep) {
+            const Element* next = x + i + block_columns<Element>;
+            for (int64_t k = 0; k < kStep; k += kCacheLine / static_cast<int64_t>(sizeof(Element))) {
+                __builtin_prefetch(next + k);
+            }
+            const Pair p = load_pair(x + i), q = load_pair(x + i + kPair);
+            lanes[0].add(p.a, reference, floor, factor);
+            lanes[1].add(p.b, reference, floor, factor);
+            lanes[2].add(q.a, reference, floor, factor);
+            lanes[3].add(q.b, reference, floor, factor);
         }
-        const Pair p = load_pair(x + i), q = load_pair(x + i + kPair);
-        lanes[0].add(p.a, reference, floor, factor);
-        lanes[1].add(p.b, reference, floor, factor);
-        lanes[2].add(q.a, reference, floor, factor);
-        lanes[3].add(q.b, reference, floor, factor);
+        for (; i < stop; i += kPair) {
+            const Pair p = load_pair(x + i);
+            lanes[0].add(p.a, reference, floor, factor);
+            lanes[1].add(p.b, reference, floor, factor);
+        }
+        sum.add((lanes[0].sum + lanes[1].sum) + (lanes[2].sum + lanes[3].sum));
+        if (kEntropy) {
+            weighted.add((lanes[0].weighted + lanes[1].weighted) + (lanes[2].weighted + lanes[3].weighted));
+        }
     }
-    for (; i < length; i += kPair) {
-        const Pair p = load_pair(x + i);
-        lanes[0].add(p.a, reference, floor, factor);
-        lanes[1].add(p.b, reference, floor, factor);
-    }
-    state.sum += sum_lanes((lanes[0].sum + lanes[1].sum) + (lanes[2].sum + lanes[3].sum));
-    if (kEntropy) {
-        state.weighted += sum_lanes((lanes[0].weighted + lanes[1].weighted) + (lanes[2].weighted + lanes[3].weighted));
-    }
+    state.sum += sum.total();
+    if (kEntropy) state.weighted += weighted.total();
 }
 
 template <typename Element, bool kEntropy>

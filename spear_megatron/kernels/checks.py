@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spear_megatron.kernels.backends import IMPLEMENTATIONS
+
+# Gradients hold the square of the temperature or of its inverse, in float.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-9, 1e9
 
 
 def check_inputs(logits: Tensor, targets: Tensor) -> None:
@@ -26,8 +31,32 @@ def check_inputs(logits: Tensor, targets: Tensor) -> None:
 
 
 def check_settings(temperature: float, implementation: str) -> None:
-    """ValueError for a temperature or an implementation that does not exist."""
-    if not 0 < temperature < math.inf:  # comparisons alone, which torch.compile can trace; false for NaN
-        raise ValueError(f"temperature={temperature} must be finite and > 0")
+    """ValueError for a temperature that float does not carry or an implementation that does not exist."""
+    if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:  # false for NaN; torch.compile traces comparisons
+        raise ValueError(f"temperature={temperature} must be from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward method of an autograd function whose result autograd could not differentiate.
+
+    ``torch.autograd.function.once_differentiable`` hands out a constant where no gradient is required of the incoming
+    gradients, although the result depends on saved tensors: a second derivative would silently miss that part.
+
+    Raises:
+        RuntimeError: from the method, in a backward pass with ``create_graph=True``.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        refuse_graph()
+        return backward(ctx, *grads)
+
+    return checked
+
+
+def refuse_graph() -> None:
+    """RuntimeError in a backward pass with ``create_graph=True``."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the kernels have no second derivative: run the backward pass without create_graph=True")

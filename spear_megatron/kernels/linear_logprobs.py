@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spear_megatron.kernels.backends import choose_backend
-from spear_megatron.kernels.checks import check_settings
+from spear_megatron.kernels.checks import check_settings, differentiable_once
 from spear_megatron.kernels.head_rows import select_rows
 from spear_megatron.kernels.softmax_stats import (
     VocabShard,
@@ -28,6 +27,7 @@ from spear_megatron.kernels.softmax_stats import (
 )
 
 _MIN_SLICE_COLUMNS = 256  # narrower products of matrices waste the machine
+_PIECE_COLUMNS = 4096  # of the vocabulary, whose weight gradients are made at a time where their dtype is another
 
 
 def linear_token_logprobs(
@@ -162,7 +162,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         slices = head.slices(weight.shape[0])
         stats = []
+        logits: Tensor | None = None
         for part in slices:
+            logits = None  # before the next slice, so that one is held at a time
             logits = inputs @ weight[part].t()
             stats.append(head.stats(logits, targets, part))
         combined = combine_stats(torch.stack(stats), head.temperature)
@@ -175,25 +177,28 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return log_probs, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, weight, targets, saved = ctx.saved_tensors
         head: _Head = ctx.head
         slices = head.slices(weight.shape[0])
         kept, ctx.logits = ctx.logits, None
         row_grads = head.backend.row_gradients(saved, grad_log_probs, grad_entropy)
-        grad_inputs, sink = _InputGradient(inputs), _WeightGradient(weight, ctx.main_grad)
+        grad_inputs = _InputGradient(inputs) if ctx.needs_input_grad[0] else None
+        sink = _WeightGradient(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
+        logits: Tensor | None = None
         for part in slices:
+            logits = None  # as in the forward pass
             # A second backward pass over a retained graph computes the logits again.
             logits = inputs @ weight[part].t() if kept is None else kept
             head.differentiate(logits, targets, part, row_grads)
-            if ctx.needs_input_grad[0]:
+            if grad_inputs is not None:
                 grad_inputs.add(logits, weight[part])
-            if ctx.needs_input_grad[1]:
+            if sink is not None:
                 sink.add(part, logits, inputs)
         return (
-            grad_inputs.result() if ctx.needs_input_grad[0] else None,
-            sink.result() if ctx.needs_input_grad[1] else None,
+            None if grad_inputs is None else grad_inputs.result(),
+            None if sink is None else sink.result(),
             None,
             None,
         )
@@ -231,8 +236,11 @@ class _WeightGradient:
         target = self._sum[part]
         if target.dtype == inputs.dtype:
             target.addmm_(grad_logits.t(), inputs)
-        else:
-            target.add_(grad_logits.t() @ inputs)
+            return
+        # In pieces, as the product and (on the CPU) its copy in the other dtype are three times the weight in bf16.
+        pieces = zip(target.split(_PIECE_COLUMNS), grad_logits.split(_PIECE_COLUMNS, dim=1), strict=True)
+        for piece, grads in pieces:
+            piece.add_(grads.t() @ inputs)
 
     def result(self) -> Tensor:
         if not self._into_main:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spear_megatron.kernels.backends import choose_backend
-from spear_megatron.kernels.checks import check_inputs, check_settings
+from spear_megatron.kernels.checks import check_inputs, check_settings, differentiable_once
 from spear_megatron.kernels.ops import token_logprobs_op
 from spear_megatron.kernels.softmax_stats import (
     VocabShard,
@@ -44,7 +43,7 @@ def token_logprobs(
             With a group, rank r holds the columns [r * V_local, (r + 1) * V_local) of the vocabulary.
         targets: int64 [T], global token ids below ``valid_vocab``. Out-of-range ids raise on the CPU; elsewhere,
             where a check would have to wait for the device, their log-prob is -inf.
-        temperature: the logits are divided by it, as in sampling.
+        temperature: the logits are divided by it, as in sampling; from 1e-9 to 1e9.
         valid_vocab: number of real columns of the whole vocabulary; the padding columns after them take no part and
             get a gradient of exactly 0. None: all columns are real.
         with_entropy: False skips the entropy and returns None in its place.
@@ -69,7 +68,7 @@ def token_logprobs(
     check_inputs(logits, targets)
     check_settings(temperature, implementation)
     shard, valid = own_shard(logits.shape[1], valid_vocab, group)
-    if inplace_backward and 0 < logits.stride(0) < logits.shape[1]:
+    if inplace_backward and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
         raise ValueError("inplace_backward needs logits whose rows do not overlap; pass a contiguous tensor")
     if torch.compiler.is_compiling() and (group is None or dist.get_world_size(group) == 1):
         log_probs, entropy, _ = token_logprobs_op(
@@ -106,7 +105,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return log_probs, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, targets, saved = ctx.saved_tensors
         row_grads = ctx.backend.row_gradients(saved, grad_log_probs, grad_entropy)

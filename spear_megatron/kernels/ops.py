@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spear_megatron.kernels.backends import choose_backend
-from spear_megatron.kernels.checks import check_inputs, check_settings
+from spear_megatron.kernels.checks import check_inputs, check_settings, refuse_graph
 from spear_megatron.kernels.softmax_stats import (
     VocabShard,
     check_targets,
@@ -126,6 +126,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(
     ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, grad_saved: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    refuse_graph()
     logits, targets, saved = ctx.saved_tensors
     valid_vocab, temperature, with_entropy, implementation, inplace_backward = ctx.settings
     row_grads = row_gradients(saved, grad_log_probs, grad_entropy if with_entropy else None)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spear_megatron.kernels.backends import IMPLEMENTATIONS
+from spear_megatron.kernels.checks import differentiable_once
 from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens
 from spear_megatron.kernels.policy_loss_ops import compiled_for, has_kernel, policy_loss_op
 from spear_megatron.kernels.policy_surrogates import check_mode, token_surrogate
@@ -49,9 +49,10 @@ def policy_loss(
 ) -> tuple[Tensor, PolicySums]:
     """Minus the weighted sum of the tokens' surrogates, differentiable in the current log-probs alone.
 
-    The surrogates are those of :func:`spear_megatron.kernels.policy_surrogates.token_surrogate`. A log-prob that is
-    NaN or infinite makes the loss NaN, whatever its clip. The compiled kernel's result does not depend on the number
-    of threads, and on CUDA it neither waits for the device nor changes from one call to the next.
+    The surrogates are those of :func:`spear_megatron.kernels.policy_surrogates.token_surrogate`. A log-prob, current or
+    old, that is NaN or infinite makes the loss NaN, whether its token is clipped or selected or not (gpg reads no old
+    ones, and is infinite or NaN). The compiled kernel's result does not depend on the number of threads, and on CUDA it
+    neither waits for the device nor changes from one call to the next.
     Under torch.compile it is one operator of the graph (`spear::policy_loss`).
 
     Args:
@@ -115,7 +116,7 @@ class _KnownGradient(torch.autograd.Function):
         return sums[0].to(log_probs.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         if grad_loss.is_cpu and grad_loss.item() == 1:  # the loss itself was differentiated

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spear_megatron.kernels import policy_loss_compiled, policy_loss_cuda
 from spear_megatron.kernels.backends import usable
+from spear_megatron.kernels.checks import refuse_graph
 from spear_megatron.kernels.policy_loss_compiled import NUM_SUMS, PolicySettings, PolicyTokens
 
 _COMPILED: dict[str, ModuleType] = {"cpu": policy_loss_compiled, "cuda": policy_loss_cuda}
@@ -90,6 +91,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_graph()
     (gradient,) = ctx.saved_tensors
     return gradient * grad_loss, *[None] * (ctx.num_inputs - 1)
 

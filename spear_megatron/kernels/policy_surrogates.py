@@ -115,7 +115,8 @@ def token_surrogate(
         surrogate = log_probs * advantages
     elif mode == "clip_cov":
         plain, bounded = _plain_and_bounded(log_ratio, advantages, clip_ratio_low, clip_ratio_high)
-        surrogate = torch.where(selected, torch.zeros_like(plain), torch.minimum(plain, bounded))
+        none = ((log_ratio - log_ratio) * advantages).detach()  # 0, or NaN where a token's value is not finite
+        surrogate = torch.where(selected, none, torch.minimum(plain, bounded))
         clipped = bounded.detach() < plain.detach()
     else:
         surrogate = torch.exp(log_ratio) * advantages

@@ -66,7 +66,7 @@ class ActorConfig:
         use_kl_loss, kl_loss_coef, kl_loss_type: KL to the initial weights in the loss, aggregated like the surrogate.
         kernels: ``auto`` takes the compiled kernels where they serve, ``eager`` plain torch.
         max_logits_mb: the logits of a micro-batch's sampled tokens are kept for the backward pass up to so many MiB on
-            each rank; beyond it, slices of the vocabulary are computed twice (a quarter more time in the LM head).
+            each rank; beyond it, slices of the vocabulary are computed twice (a third more time in the LM head).
         loss_rows: what a row of the seq-means is: a whole trajectory, or one segment of it.
         sum_norm_denominator: rows divides seq-mean-token-sum-norm by rows * length; micro_batch_share weighs a row by
             the rows of its micro-batch over those of the mini-batch, as the released code does (depends on packing).

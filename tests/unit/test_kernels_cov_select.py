@@ -232,3 +232,21 @@ def test_bounds_at_the_covariance_of_a_token(scale: float, shift: float) -> None
         expected = cov_candidates(held, judge, 1000, implementation="eager")
         for isa in SETS:
             assert same(cov_candidates(held, judge, 1000, implementation="compiled", isa=isa), expected)
+
+
+@pytest.mark.parametrize(("advantage", "log_prob"), [(3e4 / 7, -1e5 / 3), (1e-39 / 3, 1e37 / 7)])
+def test_means_that_float_cannot_hold(advantage: float, log_prob: float) -> None:
+    # Covariances next to the bounds differ by the rounding of both means, and below the smallest float too.
+    generator = np.random.default_rng(6)
+    for trial in range(40):
+        held = random_tokens(200, trial)
+        near = [np.float32(mean * (1 + 1e-7 * generator.integers(-3, 4, 200))) for mean in (advantage, log_prob)]
+        held = held._replace(advantages=near[0], log_probs=near[1])
+        tokens = zip(*(values.astype(np.float64) for values in near), strict=True)
+        covariance = [(a - advantage) * (b - log_prob) for a, b in tokens]
+        lb = float(generator.choice(covariance))
+        for shift in (0.0, 1e-5, -1e-5):
+            judge = CovJudge(advantage, log_prob, lb + shift, math.inf)
+            expected = cov_candidates(held, judge, 200, implementation="eager")
+            for isa in SETS:
+                assert same(cov_candidates(held, judge, 200, implementation="compiled", isa=isa), expected)

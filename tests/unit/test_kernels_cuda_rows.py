@@ -53,6 +53,18 @@ def test_statistics_of_any_length_and_alignment(dtype: torch.dtype, columns: int
         check_stats(row_at(offset, values), 0.7, threads=(32, 64)[offset % 2])
 
 
+def test_sums_of_equal_terms_do_not_drift() -> None:
+    # Every addition of equal terms is rounded the same way, so that the error grows with their number.
+    for depth in torch.linspace(-13.7, -0.3, 20).tolist():
+        values = torch.full((152064,), depth)
+        values[0] = 0
+        _, total, moment = stats_of(row_at(0, values), 1.0, 256)
+        exact = 1 + 152063 * math.exp(values[1].item())
+        weighted = 152063 * math.exp(values[1].item()) * values[1].item()
+        assert abs(math.log(total / exact)) <= 2e-6
+        assert abs(math.log(total / exact) - moment / total + weighted / exact) <= 1e-5
+
+
 def test_statistics_of_a_whole_vocabulary() -> None:
     generator = torch.Generator().manual_seed(0)
     for values in (torch.randn(151936, generator=generator) * 2, torch.zeros(152064), torch.arange(151936.0) * 1e-4):

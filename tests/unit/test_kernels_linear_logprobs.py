@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spear_megatron.kernels import linear_token_logprobs
 
@@ -36,9 +40,10 @@ class Case:
         return log_probs.detach(), entropy.detach(), *grads
 
 
-def run(case: Case, **options: object) -> tuple[Tensor, Tensor]:
+def run(case: Case, weight: Tensor | None = None, **options: object) -> tuple[Tensor, Tensor]:
+    used = case.weight if weight is None else weight
     log_probs, entropy = linear_token_logprobs(
-        case.hidden, case.weight, case.targets, mask=case.mask, temperature=TEMPERATURE, **options
+        case.hidden, used, case.targets, mask=case.mask, temperature=TEMPERATURE, **options
     )
     return log_probs, entropy
 
@@ -146,6 +151,63 @@ def test_without_entropy_and_without_a_weight_gradient() -> None:
     hidden = case.hidden.detach().requires_grad_()
     reference = torch.log_softmax(hidden @ weight.T, -1).gather(1, case.targets[:, None]).sum()
     torch.testing.assert_close(grad, torch.autograd.grad(reference, hidden)[0], rtol=1e-4, atol=1e-5)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts tensors of at least so many bytes that operations make, and their live memory."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.live, self.peak, self.made = least, dict[int, int](), 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        fresh = not any(value.alias_info for value in func._schema.returns)
+        if fresh and isinstance(result, Tensor) and result.untyped_storage().nbytes() >= self.least:
+            storage = result.untyped_storage()
+            self.live[storage._cdata] = storage.nbytes()
+            self.made += 1
+            weakref.finalize(storage, self.live.pop, storage._cdata, None)
+            self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("density", [0.3, 1.1])
+def test_one_slice_of_logits_is_held_at_a_time(density: float) -> None:
+    case = Case(10, 64, 4, 4096, density, torch.float32)
+    budget = int(case.mask.sum()) * 512 * 4
+    with LargeTensors(budget) as forward:
+        results = run(case, case.weight.detach(), max_logits_bytes=budget)
+    assert forward.peak == budget
+    with LargeTensors(budget) as backward:
+        torch.autograd.grad(case.loss(*results), case.hidden)
+    assert backward.peak == budget
+
+
+def test_a_weight_gradient_of_another_dtype_is_made_in_pieces() -> None:
+    case = Case(13, 3, 64, 40_000, 1.1, torch.bfloat16)
+    case.weight.main_grad = torch.zeros(case.weight.shape)
+    case.weight.grad_added_to_main_grad = False
+    loss = case.loss(*run(case))
+    with LargeTensors(case.weight.nbytes) as backward:
+        loss.backward()
+    assert backward.made == 1  # what stands in for the gradient so that the hook fires
+    expected = case.expected(40_000)[3]
+    assert (case.weight.main_grad - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_a_frozen_weight_gets_no_gradient_and_no_memory_for_one() -> None:
+    case = Case(11, 6, 64, 4096, 1.1, torch.float32)
+    results = run(case, case.weight.detach())
+    with LargeTensors(case.weight.nbytes) as backward:
+        torch.autograd.grad(case.loss(*results), case.hidden)
+    assert backward.peak == 0
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = Case(12, 5, 8, 300, 0.7, torch.float32)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(case.loss(*run(case)), case.hidden, create_graph=True)
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,45 @@ def test_rows_without_gradient_are_exactly_zero(implementation: str) -> None:
     assert leaf.grad[2:].eq(0).all() and leaf.grad[:2].ne(0).any(dim=1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", usable_isas)
+def test_sums_of_equal_terms_do_not_drift(isa: str, dtype: torch.dtype) -> None:
+    # Every addition of equal terms is rounded the same way, so that the error grows with their number.
+    depth = -12 * torch.rand(60, generator=torch.Generator().manual_seed(12))
+    logits = depth[:, None].repeat(1, 4096).to(dtype)
+    logits[:, 0] = 0
+    targets = torch.arange(60) % 2
+    stats = logprobs_compiled.row_stats(logits, targets, VocabShard(0, 4096), 1.0, True, isa)
+    log_probs, entropy, _ = logprobs_compiled.merge_rows(stats[None], 1.0, True)
+    _, expected_lp, expected_h = reference(logits, targets, 1.0, 4096)
+    assert_close(log_probs, entropy, expected_lp, expected_h)
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e9])
+def test_the_outermost_temperatures_have_gradients(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 1.0, -torch.inf], [5.0, 5.0, 5.0, 5.0]])
+    for implementation in ("compiled", "eager"):
+        leaf = logits.clone().requires_grad_()
+        log_probs, entropy = token_logprobs(
+            leaf, torch.tensor([2, 1]), temperature=temperature, implementation=implementation
+        )
+        x, expected_lp, expected_h = reference(logits, torch.tensor([2, 1]), temperature, 4)
+        assert_close(log_probs, entropy, expected_lp, expected_h)
+        (grad,) = torch.autograd.grad((log_probs + entropy).sum() * temperature, leaf)
+        (expected,) = torch.autograd.grad((expected_lp + expected_h).sum() * temperature, x)
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["compiled", "eager"])
+def test_a_second_derivative_is_refused(implementation: str) -> None:
+    leaf = random_case(13, 3, 20, torch.float32)[0].requires_grad_()
+    targets = torch.tensor([0, 1, 2])
+    by_operator = torch.ops.spear.token_logprobs(leaf * 1, targets, 20, 1.0, True, implementation, True)
+    for log_probs in (token_logprobs(leaf, targets, implementation=implementation)[0], by_operator[0]):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(log_probs.sum(), leaf, create_graph=True)
+
+
 @pytest.mark.parametrize("implementation", ["compiled", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inplace_backward_gives_the_same_gradient_in_the_logits(implementation: str, dtype: torch.dtype) -> None:
@@ -249,6 +288,8 @@ def test_inputs_that_cannot_be_right_are_refused() -> None:
     cases = [
         (dict(temperature=0.0), "temperature=0.0"),
         (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(temperature=1e-30), "temperature=1e-30 must be from 1e-09 to 1e\\+09"),
+        (dict(temperature=5e36), "temperature=5e\\+36"),
         (dict(valid_vocab=21), "valid_vocab=21"),
         (dict(valid_vocab=0), "valid_vocab=0"),
         (dict(implementation="fast"), "implementation='fast'"),
@@ -266,3 +307,5 @@ def test_inputs_that_cannot_be_right_are_refused() -> None:
         token_logprobs(logits.t().contiguous().t(), targets)
     with pytest.raises(ValueError, match="do not overlap"):
         token_logprobs(logits[:1].expand(3, 20).as_strided((3, 20), (5, 1)), targets, inplace_backward=True)
+    with pytest.raises(ValueError, match="do not overlap"):
+        token_logprobs(logits[:1].expand(3, 20), targets, inplace_backward=True)

@@ -181,13 +181,14 @@ def test_extreme_log_ratios_are_limited(mode: str, implementation: str) -> None:
 @pytest.mark.parametrize("column", range(4))
 @pytest.mark.parametrize("implementation", ["compiled", "eager"])
 @pytest.mark.parametrize("position", [3, 20])  # in a whole vector and in the tail
+@pytest.mark.parametrize("chosen", [False, True])
 def test_what_is_not_finite_stays_visible(
-    value: float, mode: str, column: int, implementation: str, position: int
+    value: float, mode: str, column: int, implementation: str, position: int, chosen: bool
 ) -> None:
     tokens = make_tokens(21, mode, seed=6)
     tokens[column][position] = value
     if tokens.selected is not None:
-        tokens.selected[position] = False
+        tokens.selected[position] = chosen
     loss, _, sums = run(tokens, mode, implementation)
     if not (mode == "gpg" and column == 1):  # old log-probs have no part in that loss
         assert not loss.isfinite() and not sums.loss.isfinite()
@@ -210,6 +211,17 @@ def test_strided_columns_and_a_scaled_loss(mode: str) -> None:
     _, gradient, _ = run(tokens, mode, "compiled")
     torch.testing.assert_close(spread.grad[:, 0], 3 * gradient)
     assert not spread.grad[:, 1].any()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    tokens = make_tokens(5, "vanilla", seed=9)
+    live = tokens.log_probs.clone().requires_grad_()
+    columns = (live, *tokens[1:4])
+    function, _ = policy_loss(*columns, mode="vanilla", implementation="compiled", **RULE)
+    operator, _, _ = torch.ops.spear.policy_loss(*columns, None, None, "vanilla", LOW, HIGH, DUAL, COEF)
+    for loss in (function, operator):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss, live, create_graph=True)
 
 
 def test_auto_takes_what_fits() -> None:
