@@ -29,10 +29,6 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-_OF_TRAINED_TOKENS = ("actor/entropy", "training/rollout_logp_abs_diff/mean")
-"""Means that are 0 where no token was left to train on."""
-
-
 def _why_idle(metrics: Mapping[str, float]) -> str:
     names = ("overlong", "incomplete", "repetitive", "unreadable")
     shares = {name: metrics.get(f"filter/{name}", 0.0) for name in names}
@@ -42,10 +38,8 @@ def _why_idle(metrics: Mapping[str, float]) -> str:
 
 def step_line(step: int, metrics: Mapping[str, float]) -> str:
     """The figures that one looks at every step, in one line; validation success rates at the end."""
-    idle = metrics.get("training/num_optimizer_steps") == 0
-    shown = [column for column in _COLUMNS if column[0] in metrics and not (idle and column[0] in _OF_TRAINED_TOKENS)]
-    parts = [f"{label} {show(metrics[name])}" for name, label, show in shown]
-    if idle:
+    parts = [f"{label} {show(metrics[name])}" for name, label, show in _COLUMNS if name in metrics]
+    if metrics.get("training/num_optimizer_steps") == 0:
         parts.append("no update: " + _why_idle(metrics))
     if metrics.get("stop/infrastructure", 0.0) > 0:
         parts.append(f"lost to failures {_percent(metrics['stop/infrastructure'])}")

@@ -110,10 +110,13 @@ class Actor:
     def log_probs(self, rows: Sequence[Row]) -> tuple[list[Row], dict[str, float]]:
         """Rows with ``old_log_probs`` of the current weights, in the given order, and what they tell.
 
-        Metrics: ``actor/entropy`` (mean over sampled tokens) and the difference to the engine's log-probs.
+        Metrics: ``actor/entropy`` (mean over sampled tokens) and the difference to the engine's log-probs; none where
+        no rank has a sampled token.
         """
         values, figures = self._evaluate(rows, with_entropy=True)
         filled = [replace(row, old_log_probs=value) for row, value in zip(rows, values, strict=True)]
+        if not figures.sums.get("tokens"):
+            return filled, {}
         return filled, {"actor/entropy": figures.mean("entropy"), **rollout_metrics(figures)}
 
     def score(self, rows: Sequence[Row], temperature: float = 1.0) -> list[Row]:

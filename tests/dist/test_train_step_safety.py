@@ -76,7 +76,11 @@ def empty_on_rank(folder: str, layout: Layout) -> tuple[str | None, bool, str | 
     actor, _, parallel = build_actor(folder, layout)
     rows, _ = actor.log_probs(share_of_rank(make_rows(), parallel))
     before = state_of(actor)
-    empty = actor.update([replace(row, response_mask=torch.zeros_like(row.response_mask)) for row in rows])
+    masked = [replace(row, response_mask=torch.zeros_like(row.response_mask)) for row in rows]
+    empty = actor.update(masked)
+    for nothing in (masked, []):  # a mean of no tokens is no figure
+        filled, metrics = actor.log_probs(nothing)
+        assert metrics == {} and [row.ids for row in filled] == [row.ids for row in nothing]
     untouched = all(torch.equal(a, b) for a, b in zip(before, state_of(actor), strict=True))
     # One rank with nothing at all takes part like the others.
     alone = actor.update(rows if parallel.dp_rank == 0 else [])
