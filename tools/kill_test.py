@@ -8,8 +8,6 @@ which ``{run}`` stands for the run directory. A run that absorbed its kills must
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -24,9 +22,20 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from run_folder import (  # noqa: E402
+    first_difference,
+    hash_folder,
+    is_saving,
+    newest_checkpoint,
+    read_metrics,
+    renew_folder,
+    unfinished,
+)
+
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "SPEAR_MEGATRON_KILL_TEST"
-TIMING_PREFIXES = ("timing_s/", "perf/", "unix_time")
 POLL_S = 0.002
 GONE_DEADLINE_S = 30.0
 
@@ -148,62 +157,6 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Records of a run without the keys that measure time."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a line that a kill cut short; the next start drops it
-        records.append({key: value for key, value in record.items() if not key.startswith(TIMING_PREFIXES)})
-    return records
-
-
-def first_difference(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> str:
-    """Where two records differ first, or an empty string. Values are compared as text: no tolerance."""
-    for position, (one, other) in enumerate(zip(expected, actual, strict=False)):
-        for key in sorted(one.keys() | other.keys()):
-            values = (json.dumps(one.get(key, "absent")), json.dumps(other.get(key, "absent")))
-            if values[0] != values[1]:
-                return f"line {position + 1} (step {one.get('step')}), {key}: {values[0]} became {values[1]}"
-    if len(expected) != len(actual):
-        return f"{len(expected)} lines became {len(actual)}"
-    return ""
-
-
-def hash_folder(folder: Path) -> str:
-    """SHA-256 over names and bytes of all files, e.g. of an exported model."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def newest_checkpoint(run_dir: Path) -> int:
-    """Step of the newest completed checkpoint, 0 without any."""
-    names = [path.name for path in (run_dir / "checkpoints").glob("step_*")]
-    return max((int(name.removeprefix("step_")) for name in names), default=0)
-
-
-def is_saving(run_dir: Path) -> bool:
-    """Whether a checkpoint is being written or an old one deleted, or was when the last attempt was killed."""
-    return bool(unfinished(run_dir))
-
-
-def unfinished(run_dir: Path) -> set[tuple[str, int]]:
-    """(name, inode) of every checkpoint folder that is not complete, leftovers of an earlier kill included."""
-    found = set()
-    for pattern in (".staging-*", ".trash-*"):
-        for path in (run_dir / "checkpoints").glob(pattern):
-            with contextlib.suppress(FileNotFoundError):  # it was completed in between
-                found.add((path.name, path.stat().st_ino))
-    return found
 
 
 class Harness:
@@ -378,8 +331,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.kills < 1 or args.ranks < 1 or not args.deadline_s > 0 or not 0 <= args.save_share <= 1:
         parser.error("--kills and --ranks must be at least 1, --deadline-s positive, --save-share within 0 and 1")
     work = args.work.resolve()
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    try:
+        renew_folder(work)
+    except ValueError as error:
+        parser.error(f"--work {error}")
     command = command or default_command(work, args.ranks, args.overrides)
     share = 1.0 if args.demo else args.save_share
     harness = Harness(command, work, seed=args.seed, save_share=share, deadline_s=args.deadline_s)

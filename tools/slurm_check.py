@@ -23,6 +23,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from run_folder import renew_folder  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 # Node names that need no name service: every slurmd is an address of the loopback interface.
 NODES = ("127.0.0.2", "127.0.0.3")
@@ -219,7 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: needs root and {', '.join(missing) or 'nothing else'}", file=sys.stderr)
         return 2
     work = args.work.resolve()
-    shutil.rmtree(work, ignore_errors=True)
+    try:
+        renew_folder(work)
+    except ValueError as error:
+        parser.error(f"--work {error}")
     from spear_megatron.data.tiny import make_tiny_model
 
     with Cluster(work, args.port or free_ports(1 + len(NODES))) as cluster:

@@ -351,7 +351,8 @@ def test_making_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("command", [
     ["quickstart", "--config", "no.yaml", "--out", "OUT"], ["quickstart", "--ranks", "0", "--out", "OUT"],
     ["quickstart", "--out", "HELD"], ["study", "--report-only", "--out", "OUT"],
-    ["study", "--budget-only", "--study", "OUT"], ["kill_test", "--kills", "0"], ["launch", "--"],
+    ["study", "--budget-only", "--study", "OUT"], ["kill_test", "--kills", "0"], ["kill_test", "--work", "HELD"],
+    ["launch", "--"],
     ["ray_fleet", "--address", "x", "--nodes", "1", "--servers-per-node", "1", "--tp", "1"],
 ])  # fmt: skip
 def test_tools(

@@ -103,6 +103,20 @@ def test_timings_and_cut_lines_are_left_out(kill_test: ModuleType, tmp_path: Pat
     assert kill_test.read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
 
 
+def test_the_folder_is_made_anew_and_nobody_elses_is_touched(kill_test: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "above" / "work"
+    kill_test.renew_folder(folder)
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text("{}")
+    kill_test.renew_folder(folder)
+    assert not (folder / "run").exists()
+    (tmp_path / "file").write_text("x")
+    for place, reason in ((tmp_path, "something else"), (tmp_path / "file", "a file in its place")):
+        with pytest.raises(ValueError, match=reason):
+            kill_test.renew_folder(place)
+    assert (tmp_path / "file").read_text() == "x" and folder.is_dir()
+
+
 def test_the_stand_in_starts_without_torch() -> None:
     code = "import sys; import spear_megatron.checkpoint.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
