@@ -5,11 +5,13 @@ Operations there know devices and shapes but no values, and refuse to mix device
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from spear_megatron.algorithms.covariance_device import _quantiles
 from spear_megatron.kernels import linear_token_logprobs
@@ -21,23 +23,29 @@ META = torch.device("meta")
 TOKENS, CHOSEN = 16, 5
 
 
+class ValuesThatDecide(TorchFunctionMode):
+    """Where a value would decide: every mask has CHOSEN tokens, every condition holds.
+
+    A mode, as a method that was once replaced on the class leaves it changed: of Tensor's item access even a restored
+    one makes torch take scalars for sequences.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is Tensor.nonzero:
+            return torch.zeros((CHOSEN, 1), dtype=torch.int64, device=args[0].device)
+        if func is Tensor.__bool__:
+            return True
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            tensor, mask = args
+            assert mask.device == tensor.device
+            args = (tensor, torch.zeros(CHOSEN, dtype=torch.int64, device=mask.device))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture(autouse=True)
-def values_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a value would decide: every mask has CHOSEN tokens."""
-    pick = Tensor.__getitem__
-
-    def places(mask: Tensor) -> Tensor:
-        return torch.zeros((CHOSEN, 1), dtype=torch.int64, device=mask.device)
-
-    def item(tensor: Tensor, index: Any) -> Tensor:
-        if isinstance(index, Tensor) and index.dtype == torch.bool:
-            assert index.device == tensor.device
-            index = places(index).squeeze(1)
-        return pick(tensor, index)
-
-    monkeypatch.setattr(Tensor, "nonzero", places)
-    monkeypatch.setattr(Tensor, "__getitem__", item)
-    monkeypatch.setattr(Tensor, "__bool__", lambda tensor: True)
+def values_that_decide() -> Iterator[None]:
+    with ValuesThatDecide():
+        yield
 
 
 def micro_batch() -> MicroBatch:
