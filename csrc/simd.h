@@ -54,6 +54,26 @@ SPEAR_INLINE Pair load_pair(const Bfloat16* source) {
 
 SPEAR_INLINE void store_pair(float* target, Pair pair) { __builtin_memcpy(target, &pair, sizeof(pair)); }
 
+// Past the caches, for results that are larger than they are: a line need not be read before it is written. The target
+// is aligned to the vector; whoever reads it on another thread needs the fence that ends a row of such stores.
+SPEAR_INLINE void stream_pair(float* target, Pair pair) {
+#if SPEAR_WIDTH == 16
+    _mm512_stream_ps(target, (__m512)pair.a);
+    _mm512_stream_ps(target + kWidth, (__m512)pair.b);
+#elif SPEAR_WIDTH == 8
+    _mm256_stream_ps(target, (__m256)pair.a);
+    _mm256_stream_ps(target + kWidth, (__m256)pair.b);
+#else
+    store_pair(target, pair);
+#endif
+}
+
+SPEAR_INLINE void end_stream() {
+#if SPEAR_WIDTH > 4
+    _mm_sfence();
+#endif
+}
+
 // The nearest bfloat16, ties to even, in the upper halves of the lanes; NaN must have the default payload.
 SPEAR_INLINE Word rounded_bfloat16(Float value) {
     const Word bits = (Word)value;

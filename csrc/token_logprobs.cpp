@@ -23,7 +23,8 @@ namespace {
 
 struct RowKernels {
     using Forward = OnlineSoftmax (*)(const void* row, int64_t columns, const Scale& scale);
-    using Backward = void (*)(const void* row, void* out, int64_t columns, const Scale& scale, const RowGradient& grad);
+    using Backward = void (*)(const void* row, void* out, int64_t columns, const Scale& scale, const RowGradient& grad,
+                              bool stream);
     Forward forward;
     Forward forward_entropy;
     Backward backward;
@@ -95,9 +96,11 @@ void forward(uintptr_t logits, int dtype, int64_t rows, int64_t row_stride, int6
     }
 }
 
+constexpr int64_t kStreamBytes = int64_t{32} << 20;  // a gradient of this size leaves the last level of cache anyway
+
 // One row of the gradient, see GradientTerms for `g`. `target` is a local column, or outside of the row.
 void backward_row(const Matrix& x, const Matrix& y, int64_t row, int64_t target, const float* g, const Scale& scale,
-                  RowKernels::Backward kernel) {
+                  RowKernels::Backward kernel, bool stream) {
     const int64_t columns = x.columns;
     const GradientTerms terms(g, scale.inv_temperature);
     std::memset(y.row(row) + columns * y.element_size(), 0,
@@ -113,7 +116,7 @@ void backward_row(const Matrix& x, const Matrix& y, int64_t row, int64_t target,
     }
     const bool owned = target >= 0 && target < columns;
     const float at_target = owned ? terms.at_target(x.at(row, target)) : 0;
-    kernel(x.row(row), y.row(row), columns, scale, terms.narrowed());
+    kernel(x.row(row), y.row(row), columns, scale, terms.narrowed(), stream);
     if (owned) y.set(row, target, at_target);
 }
 
@@ -126,11 +129,12 @@ void backward(uintptr_t logits, int dtype, int64_t rows, int64_t row_stride, int
     const Scale scale(temperature);
     const RowKernels kernels = kernels_for(x.dtype, parse_isa(isa));
     const RowKernels::Backward kernel = with_entropy ? kernels.backward_entropy : kernels.backward;
+    const bool stream = out != logits && rows * out_stride * y.element_size() >= kStreamBytes;
     const int64_t* target = reinterpret_cast<const int64_t*>(targets);
     const float* grads = reinterpret_cast<const float*>(row_grads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows > 1)
     for (int64_t row = 0; row < rows; ++row) {
-        backward_row(x, y, row, target[row] - first_column, grads + 5 * row, scale, kernel);
+        backward_row(x, y, row, target[row] - first_column, grads + 5 * row, scale, kernel, stream);
     }
 }
 

@@ -113,13 +113,38 @@ struct Gradient {
     SPEAR_METHOD Pair of(Pair x) const { return {of(x.a), of(x.b)}; }
 };
 
+// Writes a row's gradient past the caches as far as whole steps go; returns the first column that is left. The first
+// pair is stored twice where the row is not aligned.
+template <bool kEntropy>
+SPEAR_INLINE int64_t stream_row(const float* x, float* y, int64_t columns, const Gradient<kEntropy>& gradient) {
+    if (columns < 2 * kStep) return 0;
+    store_pair(y, gradient.of(load_pair(x)));
+    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(y) % sizeof(Float));
+    int64_t i = misaligned == 0 ? 0 : (static_cast<int64_t>(sizeof(Float)) - misaligned) / 4;
+    for (; i + kStep <= columns; i += kStep) {
+        const Pair p = gradient.of(load_pair(x + i)), q = gradient.of(load_pair(x + i + kPair));
+        stream_pair(y + i, p);
+        stream_pair(y + i + kPair, q);
+    }
+    end_stream();
+    return i;
+}
+
+// bfloat16 is bound by arithmetic, not by memory.
+template <bool kEntropy>
+SPEAR_INLINE int64_t stream_row(const Bfloat16*, Bfloat16*, int64_t, const Gradient<kEntropy>&) {
+    return 0;
+}
+
+// `stream`: the result is not the logits and larger than the caches.
 template <typename Element, bool kEntropy>
-void backward_row(const void* row, void* out, int64_t columns, const Scale& scale, const RowGradient& grad) {
+void backward_row(const void* row, void* out, int64_t columns, const Scale& scale, const RowGradient& grad,
+                  bool stream) {
     const Element* x = static_cast<const Element*>(row);
     Element* y = static_cast<Element*>(out);
     const Gradient<kEntropy> gradient = {broadcast(grad.max), broadcast(grad.factor), broadcast(grad.slope),
                                          broadcast(scale.floor), broadcast(scale.log2_factor)};
-    int64_t i = 0;
+    int64_t i = stream ? stream_row<kEntropy>(x, y, columns, gradient) : 0;
     for (; i + kStep <= columns; i += kStep) {
         const Pair p = gradient.of(load_pair(x + i)), q = gradient.of(load_pair(x + i + kPair));
         store_pair(y + i, p);

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spear_megatron.kernels import available, logprobs_compiled, logprobs_eager, token_logprobs
-from spear_megatron.kernels.softmax_stats import VocabShard, merge_stats
+from spear_megatron.kernels.softmax_stats import VocabShard, merge_stats, row_gradients, saved_for_backward
 
 ISAS = ("generic", "avx2", "avx512")
 usable_isas = ISAS[: ISAS.index(available()["isa"] or "generic") + 1]
@@ -309,3 +309,24 @@ def test_inputs_that_cannot_be_right_are_refused() -> None:
         token_logprobs(logits[:1].expand(3, 20).as_strided((3, 20), (5, 1)), targets, inplace_backward=True)
     with pytest.raises(ValueError, match="do not overlap"):
         token_logprobs(logits[:1].expand(3, 20), targets, inplace_backward=True)
+
+
+@pytest.mark.parametrize("isa", usable_isas)
+@pytest.mark.parametrize(("vocab", "offset"), [(65536, 16), (65537, 1), (80, 1)])  # aligned; not; too short a row
+def test_a_gradient_beyond_the_caches_is_the_one_in_place(isa: str, vocab: int, offset: int) -> None:
+    rows = (33 << 20) // (4 * vocab) + 1
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(rows, vocab, generator=generator)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    shard = VocabShard(0, vocab - 3)  # the last columns are padding
+    targets.clamp_(max=vocab - 4)
+    stats = logprobs_compiled.row_stats(logits, targets, shard, 0.8, True, isa)
+    saved = saved_for_backward(merge_stats(stats[None], 0.8), True, torch.float32)
+    row_grads = row_gradients(saved, torch.randn(rows, generator=generator), torch.randn(rows, generator=generator))
+    memory = torch.full((logits.numel() + 64,), 7.0)
+    end = offset + logits.numel()
+    out = memory[offset:end].view_as(logits)
+    logprobs_compiled.logits_grad(logits, targets, shard, 0.8, row_grads, out, isa)
+    assert memory[:offset].eq(7).all() and memory[end:].eq(7).all()
+    logprobs_compiled.logits_grad(logits, targets, shard, 0.8, row_grads, logits, isa)
+    assert torch.equal(out, logits)
