@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from spear_megatron.config.schema import Config
 from spear_megatron.model.shape import ModelShape
 from spear_megatron.parallel.agreement import agree_ok
+from spear_megatron.parallel.launch import local_world_size
 from spear_megatron.parallel.state import ParallelState
 from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang.colocation import SharedGpus
@@ -72,7 +72,7 @@ def _check_weights(sglang: SGLangConfig, parallel: ParallelState) -> None:
             f"{prefix}.weights.way=distributed makes a group of trainer and servers, and NCCL takes no two members on "
             f"one GPU, which {prefix}.colocated=true asks for: set way=tensor or way=disk"
         )
-    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world_size)) == parallel.world_size
+    one_machine = local_world_size(parallel.world_size) == parallel.world_size
     last_leader = (parallel.dp_size - 1) * parallel.tp_size * parallel.cp_size
     sees_all = sglang.colocated and launch.backend == "process" and launch.num_servers == 1 and one_machine
     if weights.transport == "cuda_ipc" and not (sees_all and last_leader < launch.tp_size):
