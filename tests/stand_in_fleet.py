@@ -15,7 +15,8 @@ import httpx
 import psutil
 
 from spear_megatron.rollout.sglang.launch_config import SGLangLaunchConfig
-from spear_megatron.rollout.sglang.process import LocalServer, Ports, address_of
+from spear_megatron.rollout.sglang.ports import Ports
+from spear_megatron.rollout.sglang.process import LocalServer, address_of
 
 SERVER = Path(__file__).with_name("stand_in_server.py")
 QUICK = dict(

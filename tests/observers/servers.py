@@ -65,7 +65,7 @@ def hosts(servers: Any, scratch: Path) -> Any:
 
 
 def command(config: Config, scratch: Path) -> Any:
-    """Command line of a server at port 1, and the environment that the configuration adds."""
+    """Command line of a server at ports 1 and 2, and the environment that the configuration adds."""
     from spear_megatron.cli.servers import server_spec
     from spear_megatron.cli.session import open_parallel
     from spear_megatron.model.shape import ModelShape
@@ -75,7 +75,7 @@ def command(config: Config, scratch: Path) -> Any:
     with open_parallel(config) as parallel:
         spec = server_spec(config, parallel, ModelShape.from_folder(config.actor_rollout_ref.model.path), 128)
     added = {key: value for key, value in server_environment(launch, (), spec).items() if os.environ.get(key) != value}
-    return server_command(launch, spec, 1), sorted(added.items())
+    return server_command(launch, spec, 1, 2), sorted(added.items())
 
 
 def kind(config: Config, scratch: Path) -> Any:

@@ -48,12 +48,12 @@ def options_of(command: Sequence[str]) -> dict[str, list[str]]:
 def test_the_command_on_gpus() -> None:
     args = {"mem-fraction-static": 0.6, "trust_remote_code": True, "cuda-graph-bs": [1, 2], "skip": False}
     config = SGLangLaunchConfig(tp_size=2, args=args, host="0.0.0.0")
-    command = server_command(config, SPEC, 123)
+    command = server_command(config, SPEC, 123, 456)
     assert command[:3] == [sys.executable, "-m", "sglang.launch_server"]
     assert options_of(command) == {
         "--mem-fraction-static": ["0.6"], "--trust-remote-code": [], "--cuda-graph-bs": ["1", "2"],
         "--model-path": ["model"], "--host": ["0.0.0.0"], "--port": ["123"], "--device": ["cuda"], "--tp-size": ["2"],
-        "--dtype": ["bfloat16"], "--context-length": ["100"], "--max-running-requests": ["7"],
+        "--dtype": ["bfloat16"], "--context-length": ["100"], "--max-running-requests": ["7"], "--nccl-port": ["456"],
     }  # fmt: skip
 
 
@@ -62,12 +62,21 @@ def test_the_command_on_the_cpu_takes_the_launcher_and_kernels_that_work_there()
         model_path="m", dtype="float32", context_length=9, max_running_requests=1, memory_saver=True, on_cpu=True
     )
     config = SGLangLaunchConfig(python="other/python", args={"grammar-backend": "xgrammar"})
-    command = server_command(config, spec, 5)
+    command = server_command(config, spec, 5, 6)
     options = options_of(command)
     assert command[0] == "other/python" and Path(command[1]).name == "serve_cpu.py" and Path(command[1]).exists()
     assert options["--device"] == ["cpu"] and options["--attention-backend"] == ["torch_native"]
     assert options["--grammar-backend"] == ["xgrammar"] and options["--enable-memory-saver"] == []
     assert options["--sleep-on-idle"] == []
+
+
+@pytest.mark.parametrize(
+    "args, expected", [({"nccl_port": 7}, ["7"]), ({"dp_size": 2}, None), ({"data-parallel-size": 2}, None)]
+)
+def test_the_rendezvous_port_yields_to_arguments(args: dict[str, Any], expected: list[str] | None) -> None:
+    """One port cannot serve the replicas that SGLang makes of dp-size."""
+    command = server_command(SGLangLaunchConfig(args=args), SPEC, 5, 6)
+    assert options_of(command).get("--nccl-port") == expected
 
 
 def test_the_environment_hides_torchrun_and_chooses_devices(monkeypatch: pytest.MonkeyPatch) -> None:

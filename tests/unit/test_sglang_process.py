@@ -11,12 +11,10 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 from stand_in_fleet import StandInLaunch, gone, until
 
-from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang import health
-from spear_megatron.rollout.sglang.process import LocalServer, Ports, address_of, free_port, is_free
+from spear_megatron.rollout.sglang.process import LocalServer, address_of
 
 
 def started(launch: StandInLaunch) -> LocalServer:
@@ -114,28 +112,6 @@ def test_a_killed_guard_takes_the_server_along(tmp_path: Path) -> None:
     os.kill(server.pid, signal.SIGKILL)
     until(lambda: gone(own))
     assert "SIGKILL" in until(server.death)
-
-
-def test_a_taken_port_is_passed_over_and_none_is_given_twice() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert not is_free("127.0.0.1", port)
-        proposals = iter([port, port, 0])
-        fallback = Ports("127.0.0.1").choose()
-        ports = Ports("127.0.0.1", lambda host: next(proposals) or fallback)
-        assert ports.choose() == fallback
-        never = Ports("127.0.0.1", lambda host: port)
-        with pytest.raises(EngineError, match="no free port on 127.0.0.1 after 20 tries"):
-            never.choose()
-    assert never.choose() == port
-    with pytest.raises(EngineError, match="no free port"):
-        never.choose()
-
-
-def test_a_port_leaves_room_for_the_one_that_older_servers_derive_from_it() -> None:
-    assert all(1024 <= free_port("127.0.0.1") <= 55_535 for _ in range(200))
 
 
 def test_addresses() -> None:

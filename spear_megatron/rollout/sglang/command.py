@@ -15,6 +15,7 @@ _CPU_ARGUMENTS: dict[str, object] = {
     "attention-backend": "torch_native", "sampling-backend": "pytorch", "grammar-backend": "none",
     "sleep-on-idle": True,
 }  # fmt: skip
+_REPLICAS = frozenset({"dp-size", "data-parallel-size"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,14 @@ class ServerSpec:
     on_cpu: bool = False
 
 
-def server_command(config: SGLangLaunchConfig, spec: ServerSpec, port: int) -> list[str]:
-    """Arguments of one server process that listens on ``port``."""
+def server_command(config: SGLangLaunchConfig, spec: ServerSpec, port: int, rendezvous_port: int) -> list[str]:
+    """Arguments of one server process.
+
+    Args:
+        port: that it answers on.
+        rendezvous_port: where its own ranks meet. Left to itself, SGLang takes one that is free seconds before it
+            listens there, and by then two servers may have the same.
+    """
     python = config.python or sys.executable
     launcher = [str(Path(__file__).with_name("serve_cpu.py"))] if spec.on_cpu else ["-m", "sglang.launch_server"]
     own: dict[str, object] = {
@@ -53,11 +60,12 @@ def server_command(config: SGLangLaunchConfig, spec: ServerSpec, port: int) -> l
         "max-running-requests": spec.max_running_requests,
         "enable-memory-saver": spec.memory_saver,
     }
-    defaults: dict[str, object] = {}
+    further = {name.replace("_", "-"): value for name, value in config.args.items()}
+    # Replicas within one server need a port each, which only SGLang can choose.
+    defaults: dict[str, object] = {} if _REPLICAS & further.keys() else {"nccl-port": rendezvous_port}
     if spec.on_cpu:
         # By itself a server takes most of the memory of the machine for its cache.
-        defaults = {**_CPU_ARGUMENTS, "max-total-tokens": spec.context_length * spec.max_running_requests}
-    further = {name.replace("_", "-"): value for name, value in config.args.items()}
+        defaults |= {**_CPU_ARGUMENTS, "max-total-tokens": spec.context_length * spec.max_running_requests}
     words = [python, *launcher]
     for name, value in {**defaults, **further, **own}.items():
         words += _words(name, value)

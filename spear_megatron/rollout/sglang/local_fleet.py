@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang.command import ServerSpec, server_command, server_environment
 from spear_megatron.rollout.sglang.launch_config import SGLangLaunchConfig
-from spear_megatron.rollout.sglang.process import Launch, LocalServer, Ports, ServerHandle, address_of, is_free
+from spear_megatron.rollout.sglang.ports import Ports, is_free
+from spear_megatron.rollout.sglang.process import Launch, LocalServer, ServerHandle, address_of
 
 
 class LocalLaunch:
@@ -48,7 +49,7 @@ class LocalLaunch:
         if address is not None and not is_free(config.host, port):
             raise EngineError(f"{address} is taken by another program since its server ended")
         return LocalServer(
-            server_command(config, self._spec, port),
+            server_command(config, self._spec, port, self._ports.choose()),
             url=address_of(config.host, port),
             environment=server_environment(config, self._gpus, self._spec),
             log=self._folder / f"attempt_{attempt}.log",

@@ -1,28 +1,23 @@
-"""One server of this machine as a guarded child process: its port, its log, its death."""
+"""One server of this machine as a guarded child process: its log, its death."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang import guard
 
 _TAIL_LINES = 15
 _TAIL_BYTES = 1 << 14
 _EXIT_MARGIN_S = 15.0  # what the guard may need beyond the grace: it waits at most 10 s for killed processes
-_PORT_TRIES = 20
-_HIGHEST_PORT = 65_535 - 10_000
 
 
 class ServerHandle(Protocol):
@@ -51,62 +46,6 @@ Launch = Callable[[int, str | None], ServerHandle]
 
 Raises EngineError or OSError when it cannot.
 """
-
-
-def free_port(host: str) -> int:
-    """A port of ``host`` that was free a moment ago, chosen by the kernel.
-
-    It leaves room for the port 10,000 above, which SGLang 0.5.15 derives from it and refuses to start without, where
-    the kernel's own range has such ports.
-    """
-    for _ in range(_PORT_TRIES):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.bind((host, 0))
-            port = int(probe.getsockname()[1])
-        if port <= _HIGHEST_PORT:
-            break
-    return port
-
-
-def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen on ``port`` now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return False
-            raise
-    return True
-
-
-class Ports:
-    """Hands out ports of one host, none of them twice: a server listens long after it was given its port.
-
-    Args:
-        candidate: proposes a port of the host.
-    """
-
-    def __init__(self, host: str, candidate: Callable[[str], int] = free_port) -> None:
-        self._host = host
-        self._candidate = candidate
-        self._given: set[int] = set()
-        self._lock = threading.Lock()
-
-    def choose(self) -> int:
-        """The first proposed port that is free.
-
-        Raises:
-            EngineError: every one was taken.
-        """
-        with self._lock:
-            for _ in range(_PORT_TRIES):
-                port = self._candidate(self._host)
-                if port not in self._given and is_free(self._host, port):
-                    self._given.add(port)
-                    return port
-        raise EngineError(f"no free port on {self._host} after {_PORT_TRIES} tries")
 
 
 def address_of(host: str, port: int) -> str:

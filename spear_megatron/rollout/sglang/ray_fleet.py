@@ -12,7 +12,8 @@ from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang.command import ServerSpec
 from spear_megatron.rollout.sglang.launch_config import SGLangLaunchConfig
 from spear_megatron.rollout.sglang.local_fleet import LocalLaunch, log_folder
-from spear_megatron.rollout.sglang.process import Launch, Ports, ServerHandle
+from spear_megatron.rollout.sglang.ports import Ports
+from spear_megatron.rollout.sglang.process import Launch, ServerHandle
 
 _ASK_S = 30.0
 _PLACE_S = 120.0
