@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from spear_megatron.data.tiny import make_tiny_model
 from spear_megatron.rollout.engine import EngineError
 from spear_megatron.rollout.sglang.control import ControlClient
+from spear_megatron.rollout.sglang.ports import Ports
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("SPEAR_SGLANG_PYTHON", ROOT / ".venv-sglang" / "bin" / "python"))
@@ -47,10 +47,10 @@ def start_server(model: Path, log: Path) -> tuple[str, subprocess.Popen[bytes]]:
     """Start a server on a free port; its URL and its process, which leads a process group of its own."""
     if not PYTHON.exists():
         pytest.fail(f"{PYTHON} is missing: run `make sglang-server`, or set SPEAR_SGLANG_PYTHON")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    ports = Ports("127.0.0.1")
+    port = ports.choose()
     command = [str(PYTHON), str(LAUNCHER), "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--nccl-port", str(ports.choose())]
     command += ["--sleep-on-idle", *(part for pair in SETTINGS.items() for part in pair)]
     with log.open("wb") as output:
         process = subprocess.Popen(

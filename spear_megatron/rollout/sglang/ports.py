@@ -14,7 +14,7 @@ from spear_megatron.rollout.engine import EngineError
 # SGLang 0.5.15 derives a second port from a server's, this far above, and refuses to start without it.
 _DERIVED = 10_000
 _TRIES = 20
-_LOWEST = 10_000
+_LOWEST = 20_000  # Ray's workers take 10002 to 19999 (its --min-worker-port and --max-worker-port)
 _HIGHEST = 65_535
 _FEWEST = 1_000  # a range with fewer ports than these is too crowded to draw from
 _KERNEL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
