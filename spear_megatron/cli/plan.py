@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING
 from spear_megatron.cli.common import add_config_arguments, load_config
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from rich.console import Console
+    from rich.table import Table
+
+    from spear_megatron.config.schema import Config
+    from spear_megatron.model.shape import ModelShape
     from spear_megatron.plan.assess import Assessment
     from spear_megatron.plan.machine import Machine
     from spear_megatron.plan.search import Proposals
@@ -47,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan of the configured layout and the proposals; fails when the configured layout does not fit."""
+    """Print the plan of the configured layout and the proposals; fails when the configured layout does not fit.
+
+    Raises:
+        ValueError: options or configuration are wrong; where another layout could run, proposals are printed first.
+        RunError: the configured layout lacks memory.
+    """
     from pathlib import Path
 
     from spear_megatron.parallel.errors import RunError
@@ -76,6 +87,7 @@ def _plan(args: argparse.Namespace) -> tuple[Assessment, Machine, Proposals | No
     from spear_megatron.plan.assess import assess
     from spear_megatron.plan.layout import Layout
     from spear_megatron.plan.machine import GIB, Machine
+    from spear_megatron.plan.report import proposals_table
     from spear_megatron.plan.run import EnginePlan
     from spear_megatron.plan.search import propose
 
@@ -101,7 +113,6 @@ def _plan(args: argparse.Namespace) -> tuple[Assessment, Machine, Proposals | No
         sleeps=not args.engine_keeps_memory,
         max_num_seqs=config.actor_rollout_ref.rollout.max_num_seqs,
     )
-    check_config(config, shape, world_size=machine.num_gpus)
     planned = planned_run(
         config,
         shape,
@@ -111,15 +122,35 @@ def _plan(args: argparse.Namespace) -> tuple[Assessment, Machine, Proposals | No
         sampled_share=args.sampled_share,
         supervised=supervised,
     )
+    try:
+        check_config(config, shape, world_size=machine.num_gpus)
+    except ValueError:
+        if args.top and _only_the_layout_is_wrong(config, shape, machine):
+            _print_tables([proposals_table(propose(planned, machine, machine.num_gpus, keep=args.top))])
+        raise
     layout = Layout(megatron=config.actor_rollout_ref.actor.megatron, world_size=machine.num_gpus)
     found = assess(planned, layout, machine)
     proposals = propose(planned, machine, machine.num_gpus, keep=args.top) if args.top else None
     return found, machine, proposals
 
 
-def _print(found: Assessment, machine: Machine, proposals: Proposals | None) -> None:
-    from rich.console import Console
+def _only_the_layout_is_wrong(config: Config, shape: ModelShape, machine: Machine) -> bool:
+    """Whether a configuration that was refused could run in another layout."""
+    from dataclasses import replace
 
+    from spear_megatron.config.checks import check_config
+    from spear_megatron.parallel.config import MegatronConfig
+
+    ref = config.actor_rollout_ref
+    ref = replace(ref, actor=replace(ref.actor, megatron=MegatronConfig()))
+    try:
+        check_config(replace(config, actor_rollout_ref=ref), shape, world_size=machine.num_gpus)
+    except ValueError:
+        return False
+    return True
+
+
+def _print(found: Assessment, machine: Machine, proposals: Proposals | None) -> None:
     from spear_megatron.plan.report import (
         assumption_lines,
         host_table,
@@ -129,16 +160,23 @@ def _print(found: Assessment, machine: Machine, proposals: Proposals | None) -> 
         time_lines,
     )
 
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
     tables = [memory_table(found, machine), terms_table(found), host_table(found, machine)]
     if proposals is not None:
         tables.append(proposals_table(proposals))
-    for table in tables:
-        console.print(table)
+    console = _print_tables(tables)
     for line in (*time_lines(found), *(f"assumed: {line}" for line in assumption_lines(found, machine))):
         console.print(line)
     for shortage in found.shortages:
         console.print(f"does not fit: {shortage.describe()}")
+
+
+def _print_tables(tables: Sequence[Table]) -> Console:
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
+    for table in tables:
+        console.print(table)
+    return console
 
 
 def _write_json(path: Path, found: Assessment, machine: Machine, proposals: Proposals | None) -> None:

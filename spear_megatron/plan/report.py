@@ -72,7 +72,8 @@ def proposals_table(proposals: Proposals) -> Table:
     """The fastest layouts that fit."""
     from rich.table import Table
 
-    table = Table(title=f"Fastest layouts that fit, of {proposals.considered} considered")
+    what = "Fastest layouts that fit" if proposals.ranked else "None fits"
+    table = Table(title=f"{what}, of {proposals.considered} layouts considered")
     for name in ("layout", "recompute", "micro-batch tokens", "fullest GPU GiB", "step s", "update s", "MFU"):
         table.add_column(name, justify="left" if name in ("layout", "recompute") else "right")
     for item in proposals.ranked:

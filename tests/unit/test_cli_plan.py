@@ -50,6 +50,22 @@ def test_what_does_not_fit_is_named_and_fails(model: str, capsys: pytest.Capture
     assert error.startswith("error: the plan does not fit") and "activations" in error and error.count("\n") == 1
 
 
+def test_ranks_that_cannot_hold_the_layout_are_told_one_that_they_can(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--nodes", "1", "--gpu-memory-gb", "180", "--host-memory-gb", "2048"]
+    assert main(["plan", *arguments, model, *LAYOUT]) == 2
+    shown = capsys.readouterr()
+    assert "8 ranks cannot hold model replicas of 32 ranks" in shown.err and shown.err.count("\n") == 1
+    assert "TP8 PP1 DP1" in shown.out
+    assert main(["plan", "--nodes", "1", model, *LAYOUT]) == 2
+    assert "None fits, of " in capsys.readouterr().out
+    # Another layout would not help here, and nobody asked there.
+    assert main(["plan", *arguments, model, *LAYOUT, "data.train_batch_size=3"]) == 2
+    assert main(["plan", *arguments, "--top", "0", model, *LAYOUT]) == 2
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
