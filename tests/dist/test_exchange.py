@@ -103,7 +103,7 @@ def late_exchange() -> tuple[str, float]:
     parallel = initialize(timeout_s=60)
     start = time.monotonic()
     if parallel.rank == 1:
-        time.sleep(4)
+        time.sleep(8)
         return "", 0.0
     try:
         exchange([], parallel, phase="replay payloads", timeout_s=1)
@@ -115,7 +115,7 @@ def late_exchange() -> tuple[str, float]:
 def test_a_missing_peer_is_reported_in_time_by_phase_and_rank() -> None:
     message, seconds = run_ranks(late_exchange, 2)[0]
     assert "Rank 0 (data-parallel 0) did not finish 'replay payloads (sizes)' within 1 s" in message
-    assert 0.9 < seconds < 3.5
+    assert 0.9 < seconds < 7.5
 
 
 def refused(kind: str) -> str:

@@ -17,6 +17,8 @@ from commands import DEADLINE_S, SFT, SMALL, command, environment, run, train_ar
 from spear_megatron.__main__ import main
 from spear_megatron.config.loader import load
 from spear_megatron.config.schema import Config
+from spear_megatron.data.grid_tasks import main as make_grid_tasks
+from spear_megatron.data.prompts import load_prompts
 from spear_megatron.data.tiny import make_tiny_model
 from spear_megatron.observability.record import read_record
 
@@ -142,6 +144,19 @@ def test_chat_answers_with_the_tool(run_dir: Path) -> None:
     assert out == run("chat", run_dir, *questions)
 
 
+def test_chat_plays_held_out_tasks_and_scores_them(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load(Config, run_dir / "config.yaml")
+    asked = [prompt for prompt in load_prompts(config.data, "val")][:4]
+    out = run("chat", run_dir, *(word for place in (3, 0) for word in ("--task", place)))
+    verdicts = [line for line in out.splitlines() if "expected answer: " in line]
+    assert [line.split(":")[0] for line in verdicts] == [asked[3].task_id, asked[0].task_id]
+    for line, prompt in zip(verdicts, (asked[3], asked[0]), strict=True):
+        assert line.endswith(f"expected answer: {prompt.answer}")
+        assert (": not solved, outcome +0" in line) != (": solved, outcome +1" in line)
+    assert main(["chat", str(run_dir), "--task", "100000"]) == 2
+    assert "--task 100000: there are " in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_stop_signal_saves_and_the_same_command_continues(run_dir: Path, sft_dir: Path, tmp_path: Path) -> None:
     arguments = train_arguments(sft_dir / "hf", tmp_path)
@@ -168,10 +183,17 @@ def test_chat_with_an_environment_that_needs_more_than_a_text(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "hf").symlink_to(model)
-    (tmp_path / "config.yaml").write_text("env: {name: grid_world}\ndata: {max_response_length: 16}\n")
+    assert make_grid_tasks([str(tmp_path), "--num", "2", "--num-val", "2"]) == 0
+    data = f"{{max_response_length: 16, val_files: {tmp_path}/val.jsonl}}"
+    settings = f"env: {{name: grid_world, kwargs: {{max_steps: 2}}}}\nreward: {{name: environment}}\ndata: {data}\n"
+    (tmp_path / "config.yaml").write_text(settings)
+    capsys.readouterr()
     assert main(["chat", str(tmp_path), "--message", "hello"]) == 1
     told = " ".join(capsys.readouterr().out.split())
-    assert "infrastructure: environment reset: " in told and "an empty prompt.extra" in told
+    assert "infrastructure: environment reset: " in told and "an empty prompt.extra" in told and "--task" in told
+    assert main(["chat", str(tmp_path), "--task", "1"]) == 0
+    task = json.loads((tmp_path / "val.jsonl").read_text().splitlines()[1])
+    assert f"{task['id']}: not solved, outcome " in capsys.readouterr().out
 
 
 def test_a_start_in_a_used_folder_names_the_keys_that_changed(tmp_path: Path) -> None:
