@@ -8,16 +8,31 @@ SPEAR_INLINE Half load_half(const float* source) {
     return value;
 }
 
-// One bit for each lane where `one` is greater; none where either is NaN.
-SPEAR_INLINE unsigned above(Float one, Float other) {
+// What holds of each lane. They are combined as they come out of comparisons, and turned into bits once.
+#if SPEAR_WIDTH == 16
+typedef unsigned Flags;
+#else
+typedef Int Flags;
+#endif
+
+// Where `one` is greater; not where either is NaN.
+SPEAR_INLINE Flags above(Float one, Float other) {
 #if SPEAR_WIDTH == 16
     return _mm512_cmp_ps_mask((__m512)one, (__m512)other, _CMP_GT_OQ);
-#elif SPEAR_WIDTH == 8
-    return static_cast<unsigned>(_mm256_movemask_ps((__m256)(one > other)));
 #else
-    const Int mask = one > other;
+    return one > other;
+#endif
+}
+
+// One bit for each lane.
+SPEAR_INLINE unsigned bits_of(Flags flags) {
+#if SPEAR_WIDTH == 16
+    return flags & 0xffffu;
+#elif SPEAR_WIDTH == 8
+    return static_cast<unsigned>(_mm256_movemask_ps((__m256)flags));
+#else
     unsigned bits = 0;
-    for (int64_t lane = 0; lane < kWidth; ++lane) bits |= (mask[lane] ? 1u : 0u) << lane;
+    for (int64_t lane = 0; lane < kWidth; ++lane) bits |= (flags[lane] ? 1u : 0u) << lane;
     return bits;
 #endif
 }
@@ -87,14 +102,30 @@ SPEAR_INLINE CovBits filtered(const CovInputs& inputs, int64_t i, const CovFilte
     const Float error = magnitude(covariance) * CovFilter::kShare + magnitude(by_advantage) * rule.spread_log_prob +
                         magnitude(by_log_prob) * rule.spread_advantage + rule.spread;
     const Float lower = covariance - error, upper = covariance + error;
-    const unsigned inside = above(lower, rule.least) & above(rule.most, upper);
-    const unsigned outside = above(rule.lowest, upper) | above(lower, rule.highest);
+    const Flags inside = above(lower, rule.least) & above(rule.most, upper);
+    const Flags outside = above(rule.lowest, upper) | above(lower, rule.highest);
     const Float log_ratio = log_prob - load(inputs.old_log_probs + i);
-    const unsigned clipped = (above(advantage, zero) & above(log_ratio, rule.clip_high)) |
-                             (above(zero, advantage) & above(rule.clip_low, log_ratio));
-    constexpr unsigned kAll = (1u << kWidth) - 1;
-    return {inside & ~clipped, kAll & ~(inside | outside)};
+    const Flags clipped = (above(advantage, zero) & above(log_ratio, rule.clip_high)) |
+                          (above(zero, advantage) & above(rule.clip_low, log_ratio));
+    return {bits_of(inside & ~clipped), bits_of(~(inside | outside))};
 }
+
+#if SPEAR_WIDTH == 8
+// Lanes of the bits of every byte, in order; what follows them is not read.
+struct BitLanes {
+    uint8_t lanes[256][8];
+    constexpr BitLanes() : lanes() {
+        for (unsigned bits = 0; bits < 256; ++bits) {
+            int count = 0;
+            for (int lane = 0; lane < 8; ++lane) {
+                if ((bits >> lane) & 1u) lanes[bits][count++] = static_cast<uint8_t>(lane);
+            }
+        }
+    }
+};
+
+constexpr BitLanes kBitLanes;
+#endif
 
 // Appends position + lane of every bit to places[count...], without a branch that depends on them: it may write kWidth
 // places, which is no more than there is room for.
@@ -103,6 +134,10 @@ SPEAR_INLINE int64_t append(unsigned bits, int64_t position, int32_t* places, in
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i all = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(position)));
     const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), all);
+    __builtin_memcpy(places + count, &packed, sizeof(packed));
+#elif SPEAR_WIDTH == 8
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitLanes.lanes[bits]));
+    const __m256i packed = _mm256_add_epi32(_mm256_cvtepu8_epi32(lanes), _mm256_set1_epi32(static_cast<int>(position)));
     __builtin_memcpy(places + count, &packed, sizeof(packed));
 #else
     int64_t next = count;

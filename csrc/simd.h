@@ -40,11 +40,8 @@ struct Pair {
     Float b;
 };
 
-SPEAR_INLINE Pair load_pair(const float* source) {
-    Pair pair;
-    __builtin_memcpy(&pair, source, sizeof(pair));
-    return pair;
-}
+// Vector by vector: gcc copies a struct of two through the stack, in pieces that the loads after it cannot forward.
+SPEAR_INLINE Pair load_pair(const float* source) { return {load(source), load(source + kWidth)}; }
 
 SPEAR_INLINE Pair load_pair(const Bfloat16* source) {
     Word bits;
@@ -52,7 +49,10 @@ SPEAR_INLINE Pair load_pair(const Bfloat16* source) {
     return {(Float)(bits << 16), (Float)(bits & 0xffff0000u)};
 }
 
-SPEAR_INLINE void store_pair(float* target, Pair pair) { __builtin_memcpy(target, &pair, sizeof(pair)); }
+SPEAR_INLINE void store_pair(float* target, Pair pair) {
+    store(target, pair.a);
+    store(target + kWidth, pair.b);
+}
 
 // Past the caches, for results that are larger than they are: a line need not be read before it is written. The target
 // is aligned to the vector; whoever reads it on another thread needs the fence that ends a row of such stores.
@@ -129,11 +129,30 @@ SPEAR_INLINE Float exponential(Float x) {
 typedef double Double __attribute__((vector_size(4 * SPEAR_WIDTH)));
 typedef float Half __attribute__((vector_size(2 * SPEAR_WIDTH)));
 
+// gcc converts by pieces, through the stack, where it is left to itself.
 SPEAR_INLINE Double widened(Half value) {
 #if SPEAR_WIDTH == 16
     return (Double)_mm512_maskz_cvtps_pd(0xff, (__m256)value);
+#elif SPEAR_WIDTH == 8
+    return (Double)_mm256_cvtps_pd((__m128)value);
 #else
     return __builtin_convertvector(value, Double);
+#endif
+}
+
+SPEAR_INLINE Half low_half(Float value) {
+    Half half;
+    __builtin_memcpy(&half, &value, sizeof(half));
+    return half;
+}
+
+SPEAR_INLINE Half high_half(Float value) {
+#if SPEAR_WIDTH == 16
+    return (Half)_mm512_maskz_extractf32x8_ps(0xff, (__m512)value, 1);
+#elif SPEAR_WIDTH == 8
+    return (Half)_mm256_extractf128_ps((__m256)value, 1);
+#else
+    return Half{value[2], value[3]};
 #endif
 }
 
@@ -142,10 +161,8 @@ struct DoubleSums {
     Double high = {};
 
     SPEAR_METHOD void add(Float value) {
-        Half halves[2];
-        __builtin_memcpy(halves, &value, sizeof(value));
-        low += widened(halves[0]);
-        high += widened(halves[1]);
+        low += widened(low_half(value));
+        high += widened(high_half(value));
     }
     SPEAR_METHOD double total() const {
         const Double both = low + high;
