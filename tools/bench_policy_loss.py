@@ -5,7 +5,8 @@
 Every contender is called once per round, in turning order, so that a disturbance hits all of them alike. The ratios are
 medians over the rounds of (contender / kernels) within one round. All tokens are sampled ones of one micro-batch, the
 scope of the official formulation. "Compiled calls alone" leaves out what autograd and Python add to them: checks,
-objects, the backward pass that hands on a gradient which the forward pass computed. Run it on an otherwise idle
+objects, the backward pass that hands on a gradient which the forward pass computed. One product of two columns and its
+gradient, torch.dot, shows how little any function can take that autograd differentiates. Run it on an otherwise idle
 machine.
 """
 
@@ -26,6 +27,7 @@ from bench_common import keep_freed_memory, write_report  # noqa: E402
 
 KERNELS = "kernels"
 CALLS = "compiled calls alone"
+PRODUCT = "autograd alone: one torch.dot"
 RATIO, LB, UB, CLIP_LOW, CLIP_HIGH = 0.02, 1.0, 40.0, 0.2, 0.28
 ROW_TOKENS = 4096
 
@@ -111,8 +113,6 @@ def official_clip_cov(log_probs: Any, inputs: Inputs) -> Any:
 
 def ours(implementation: str, draw_keys: bool) -> Callable[[Any, Inputs], Any]:
     """Selection and loss of this package; with ``draw_keys`` the keys are made anew as well."""
-    import torch
-
     from spear_megatron.algorithms.covariance import ClipCovRule, TokenSet, select_tokens
     from spear_megatron.kernels.cov_select import token_keys
     from spear_megatron.kernels.policy_loss import policy_loss
@@ -128,7 +128,7 @@ def ours(implementation: str, draw_keys: bool) -> Callable[[Any, Inputs], Any]:
             selected=selection.masks[0], clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=3.0,
             kl_cov_coef=1.0, implementation=implementation,
         )  # fmt: skip
-        return loss, sums, torch.tensor(selection.num_selected)
+        return loss, sums, selection.num_selected
 
     return function
 
@@ -148,6 +148,13 @@ def compiled_calls(log_probs: Any, inputs: Inputs) -> Any:
         return loss_and_gradient(tokens, PolicySettings("clip_cov", CLIP_LOW, CLIP_HIGH, 3.0, 1.0))
 
 
+def one_product(log_probs: Any, inputs: Inputs) -> Any:
+    """The least that can be differentiated: one native operator over the tokens."""
+    import torch
+
+    return (torch.dot(log_probs, inputs.weight),)
+
+
 def contenders(compile_too: bool) -> dict[str, Callable[[Any, Inputs], Any]]:
     """Name -> function of (log-probs, inputs) whose first result is the loss."""
     import torch
@@ -155,6 +162,7 @@ def contenders(compile_too: bool) -> dict[str, Callable[[Any, Inputs], Any]]:
     found: dict[str, Callable[[Any, Inputs], Any]] = {
         KERNELS: ours("compiled", draw_keys=False),
         CALLS: compiled_calls,
+        PRODUCT: one_product,
         "kernels, keys included": ours("compiled", draw_keys=True),
         "eager implementation": ours("eager", draw_keys=False),
         "official formulation": official_clip_cov,

@@ -1,5 +1,7 @@
 """Write docs/benchmarks.md and docs/benchmarks.json from the reports of the kernel benchmarks in outputs/bench/.
 
+The page has a part for every instruction set; the part of the one that was measured is replaced, the others stay.
+
     make bench-kernels                     # measure on an idle machine, then write the page
     python tools/benchmark_page.py         # write the page from the reports that are there
 """
@@ -18,7 +20,9 @@ HEAD = """# Benchmarks of the kernels
 Written by `tools/benchmark_page.py` from `docs/benchmarks.json`; `make bench-kernels` measures anew. Every contender is
 called once per round, so that a disturbance hits all of them alike; a ratio is the median over the rounds of
 (contender / kernel) within one round: above 1 the kernel is faster. The allocator keeps freed memory, so that no
-contender pays page faults. On a CUDA device `make gpu-check` measures the CUDA kernels; no figure of one is here yet.
+contender pays page faults. There is a part for every instruction set, measured on a machine that has no wider one, and
+what is compared is what stands in one part. On a CUDA device `make gpu-check` measures the CUDA kernels; no figure of
+one is here yet.
 """
 
 
@@ -29,15 +33,29 @@ def main() -> int:
     if missing:
         print(f"{folder} lacks {', '.join(missing)}: run `make bench-kernels`", file=sys.stderr)
         return 1
-    reports = {name: json.loads((folder / f"{name}.json").read_text()) for name in REPORTS}
+    reports: dict[str, Any] = {name: json.loads((folder / f"{name}.json").read_text()) for name in REPORTS}
     for report in reports.values():
         for result in report["results"]:
             result.pop("samples_ms", None)
-    sections = log_probs(reports["kernels"]) + policy(reports["policy_loss"]) + lm_head(reports["lm_head"])
-    page = "\n".join([HEAD, *sections])
-    (ROOT / "docs" / "benchmarks.json").write_text(json.dumps(reports, indent=1) + "\n")
-    (ROOT / "docs" / "benchmarks.md").write_text(page)
+    sets = {report["kernels"]["isa"] for report in reports.values()}
+    if len(sets) > 1:
+        print(f"{folder} has reports of several instruction sets: run `make bench-kernels`", file=sys.stderr)
+        return 1
+    stored = ROOT / "docs" / "benchmarks.json"
+    parts = json.loads(stored.read_text()) | {sets.pop(): reports}
+    stored.write_text(json.dumps(parts, indent=1) + "\n")
+    (ROOT / "docs" / "benchmarks.md").write_text(page(parts))
     return 0
+
+
+def page(parts: dict[str, dict[str, Any]]) -> str:
+    """The text of docs/benchmarks.md: instruction set -> its reports by name and, where there is one, a note."""
+    lines = [HEAD]
+    for isa, reports in sorted(parts.items(), reverse=True):
+        lines += [f"## {isa}", ""]
+        lines += [f"{reports['note']}\n"] if "note" in reports else []
+        lines += log_probs(reports["kernels"]) + policy(reports["policy_loss"]) + lm_head(reports["lm_head"])
+    return "\n".join(lines)
 
 
 def facts(report: dict[str, Any]) -> str:
@@ -56,7 +74,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def log_probs(report: dict[str, Any]) -> list[str]:
     """Contenders by row, type and pass by column."""
-    lines = ["## Log-prob and entropy from logits", "", f"Logits {report['shape']}. {facts(report)}"]
+    lines = ["### Log-prob and entropy from logits", "", f"Logits {report['shape']}. {facts(report)}"]
     for entropy in (False, True):
         cases = [result for result in report["results"] if result["entropy"] == entropy]
         names = list(dict.fromkeys(name for case in cases for name in case["median_ms"]))
@@ -68,14 +86,14 @@ def log_probs(report: dict[str, Any]) -> list[str]:
                 for case in cases
             ]
             rows.append([name, *cells])
-        lines += [f"### {'Log-prob and entropy' if entropy else 'Log-prob alone'}", ""]
+        lines += [f"#### {'Log-prob and entropy' if entropy else 'Log-prob alone'}", ""]
         lines += table(["", *header], rows)
     return lines
 
 
 def policy(report: dict[str, Any]) -> list[str]:
     """Selection and loss."""
-    lines = ["## Clip-Cov: selection, loss and its gradient", "", facts(report)]
+    lines = ["### Clip-Cov: selection, loss and its gradient", "", facts(report)]
     rows = [
         [
             str(result["tokens"]),
@@ -93,7 +111,7 @@ def policy(report: dict[str, Any]) -> list[str]:
 def lm_head(report: dict[str, Any]) -> list[str]:
     """Time and memory of the LM head."""
     rows, hidden, vocab = report["shape"]
-    lines = ["## LM head with log-probs of sampled tokens, forward and backward", ""]
+    lines = ["### LM head with log-probs of sampled tokens, forward and backward", ""]
     lines += [f"Hidden states [{rows}, {hidden}], head [{vocab}, {hidden}], with entropy. {facts(report)}"]
     cells = [
         [
