@@ -113,6 +113,13 @@ def _plan(args: argparse.Namespace) -> tuple[Assessment, Machine, Proposals | No
         sleeps=not args.engine_keeps_memory,
         max_num_seqs=config.actor_rollout_ref.rollout.max_num_seqs,
     )
+    refused = None
+    try:
+        check_config(config, shape, world_size=machine.num_gpus)
+    except ValueError as error:
+        if not (args.top and _only_the_layout_is_wrong(config, shape, machine)):
+            raise
+        refused = error
     planned = planned_run(
         config,
         shape,
@@ -122,16 +129,13 @@ def _plan(args: argparse.Namespace) -> tuple[Assessment, Machine, Proposals | No
         sampled_share=args.sampled_share,
         supervised=supervised,
     )
-    try:
-        check_config(config, shape, world_size=machine.num_gpus)
-    except ValueError:
-        if args.top and _only_the_layout_is_wrong(config, shape, machine):
-            _print_tables([proposals_table(propose(planned, machine, machine.num_gpus, keep=args.top))])
-        raise
-    layout = Layout(megatron=config.actor_rollout_ref.actor.megatron, world_size=machine.num_gpus)
-    found = assess(planned, layout, machine)
     proposals = propose(planned, machine, machine.num_gpus, keep=args.top) if args.top else None
-    return found, machine, proposals
+    if refused is not None:
+        assert proposals is not None
+        _print_tables([proposals_table(proposals)])
+        raise refused
+    layout = Layout(megatron=config.actor_rollout_ref.actor.megatron, world_size=machine.num_gpus)
+    return assess(planned, layout, machine), machine, proposals
 
 
 def _only_the_layout_is_wrong(config: Config, shape: ModelShape, machine: Machine) -> bool:
