@@ -8,6 +8,7 @@ void register_token_logprobs(py::module_&);
 void register_decoder(py::module_&);
 void register_policy_loss(py::module_&);
 void register_cov_select(py::module_&);
+void register_drawn_loss(py::module_&);
 void register_row_emulation(py::module_&);
 void register_softmax_merge(py::module_&);
 
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_C, module) {
     register_decoder(module);
     register_policy_loss(module);
     register_cov_select(module);
+    register_drawn_loss(module);
     register_row_emulation(module);
     register_softmax_merge(module);
 }

@@ -152,7 +152,7 @@ SPEAR_INLINE int64_t append(unsigned bits, int64_t position, int32_t* places, in
 // Float decides about nearly all tokens, double about the rest: the result is that of double.
 static void cov_block(const CovInputs& inputs, int64_t start, int64_t stop, const CovRule& rule, CovBlock& block) {
     const CovFilter filter(rule);
-    int32_t* places = block.places;
+    int32_t* places = block.tokens;
     int64_t candidates = 0, num_near = 0, i = start;
     bool candidate, near;
     for (; i + kWidth <= stop; i += kWidth) {

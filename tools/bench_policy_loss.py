@@ -2,18 +2,20 @@
 
     python tools/bench_policy_loss.py --tokens 65536 1048576 --json outputs/bench/policy_loss.json
 
-Every contender is called once per round, in turning order, so that a disturbance hits all of them alike. The ratios are
-medians over the rounds of (contender / kernels) within one round. All tokens are sampled ones of one micro-batch, the
-scope of the official formulation. "Compiled calls alone" leaves out what autograd and Python add to them: checks,
-objects, the backward pass that hands on a gradient which the forward pass computed. One product of two columns and its
-gradient, torch.dot, shows how little any function can take that autograd differentiates. Run it on an otherwise idle
-machine.
+Every contender is called once per round, in a shuffled order, so that a disturbance hits all of them alike and each
+finds the caches as any other leaves them. The ratios are medians over the rounds of (official formulation / contender)
+within one round. All tokens are sampled ones of one micro-batch, the scope of the official formulation:
+drawn_policy_loss does the same work in one function. Selection and loss apart are what a selection over a whole
+mini-batch takes. "Compiled call alone" leaves out what autograd and Python add to it: checks, objects, the backward
+pass that hands on a gradient which the forward pass computed. One product of two columns and its gradient, torch.dot,
+shows how little any function can take that autograd differentiates. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import time
@@ -25,9 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 from bench_common import keep_freed_memory, write_report  # noqa: E402
 
-KERNELS = "kernels"
-CALLS = "compiled calls alone"
-PRODUCT = "autograd alone: one torch.dot"
+OFFICIAL = "official formulation"
 RATIO, LB, UB, CLIP_LOW, CLIP_HIGH = 0.02, 1.0, 40.0, 0.2, 0.28
 ROW_TOKENS = 4096
 
@@ -111,41 +111,54 @@ def official_clip_cov(log_probs: Any, inputs: Inputs) -> Any:
     return loss, [figure.detach().item() for figure in (loss, share, drift)]
 
 
-def ours(implementation: str, draw_keys: bool) -> Callable[[Any, Inputs], Any]:
-    """Selection and loss of this package; with ``draw_keys`` the keys are made anew as well."""
-    from spear_megatron.algorithms.covariance import ClipCovRule, TokenSet, select_tokens
+def drawn(implementation: str, make_keys: bool = False) -> Callable[[Any, Inputs], Any]:
+    """Selection and loss of this package in one function; with ``make_keys`` the keys are made anew as well."""
+    from spear_megatron.algorithms.covariance import ClipCovRule
+    from spear_megatron.algorithms.drawn_loss import drawn_policy_loss
     from spear_megatron.kernels.cov_select import token_keys
-    from spear_megatron.kernels.policy_loss import policy_loss
 
     rule = ClipCovRule(RATIO, LB, UB, CLIP_LOW, CLIP_HIGH)
 
     def function(log_probs: Any, inputs: Inputs) -> Any:
-        keys = token_keys(1, len(log_probs), implementation) if draw_keys else inputs.keys
-        row = TokenSet(log_probs.detach(), inputs.old_log_probs, inputs.advantages, keys)
-        selection = select_tokens([row], rule, implementation=implementation)
-        loss, sums = policy_loss(
-            log_probs, inputs.old_log_probs, inputs.advantages, inputs.weight, mode="clip_cov",
-            selected=selection.masks[0], clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=3.0,
-            kl_cov_coef=1.0, implementation=implementation,
+        keys = token_keys(1, len(log_probs), implementation) if make_keys else inputs.keys
+        return drawn_policy_loss(
+            log_probs, inputs.old_log_probs, inputs.advantages, inputs.weight, keys, rule,
+            clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, kl_cov_coef=1.0, implementation=implementation,
         )  # fmt: skip
-        return loss, sums, selection.num_selected
 
     return function
 
 
-def compiled_calls(log_probs: Any, inputs: Inputs) -> Any:
-    """What the two kernels do, gradient included, without autograd around them."""
+def apart(log_probs: Any, inputs: Inputs) -> Any:
+    """The selection, then the loss that takes it."""
+    from spear_megatron.algorithms.covariance import ClipCovRule, TokenSet, select_tokens
+    from spear_megatron.kernels.policy_loss import policy_loss
+
+    row = TokenSet(log_probs.detach(), inputs.old_log_probs, inputs.advantages, inputs.keys)
+    selection = select_tokens([row], ClipCovRule(RATIO, LB, UB, CLIP_LOW, CLIP_HIGH), implementation="compiled")
+    loss, sums = policy_loss(
+        log_probs, inputs.old_log_probs, inputs.advantages, inputs.weight, mode="clip_cov",
+        selected=selection.masks[0], clip_ratio_low=CLIP_LOW, clip_ratio_high=CLIP_HIGH, clip_ratio_c=3.0,
+        kl_cov_coef=1.0, implementation="compiled",
+    )  # fmt: skip
+    return loss, sums, selection.num_selected
+
+
+def compiled_call(log_probs: Any, inputs: Inputs) -> Any:
+    """What the kernel does, gradient included, without autograd around it."""
     import torch
 
-    from spear_megatron.kernels.cov_select import CovJudge, cov_selected
-    from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens, loss_and_gradient
+    from spear_megatron.kernels.cov_select import CovJudge
+    from spear_megatron.kernels.drawn_loss_compiled import draw_and_differentiate
+    from spear_megatron.kernels.policy_loss_compiled import PolicySettings
 
     judge = CovJudge(0.0, 0.0, LB, UB, CLIP_LOW, CLIP_HIGH)
+    columns = (log_probs, inputs.old_log_probs, inputs.advantages, inputs.weight, inputs.keys)
     with torch.no_grad():
-        columns = (log_probs, inputs.old_log_probs, inputs.advantages, inputs.keys)
-        selected = cov_selected(columns, [len(log_probs)], RATIO, judge).mask
-        tokens = PolicyTokens(*columns[:3], inputs.weight, selected, None)
-        return loss_and_gradient(tokens, PolicySettings("clip_cov", CLIP_LOW, CLIP_HIGH, 3.0, 1.0))
+        settings = PolicySettings("clip_cov", CLIP_LOW, CLIP_HIGH, 3.0, 1.0)
+        found = draw_and_differentiate(columns, None, settings, RATIO, judge)
+    assert found is not None
+    return found[0].loss, found
 
 
 def one_product(log_probs: Any, inputs: Inputs) -> Any:
@@ -160,16 +173,17 @@ def contenders(compile_too: bool) -> dict[str, Callable[[Any, Inputs], Any]]:
     import torch
 
     found: dict[str, Callable[[Any, Inputs], Any]] = {
-        KERNELS: ours("compiled", draw_keys=False),
-        CALLS: compiled_calls,
-        PRODUCT: one_product,
-        "kernels, keys included": ours("compiled", draw_keys=True),
-        "eager implementation": ours("eager", draw_keys=False),
-        "official formulation": official_clip_cov,
+        "drawn_policy_loss": drawn("compiled"),
+        "drawn_policy_loss, keys included": drawn("compiled", make_keys=True),
+        "selection and loss apart": apart,
+        "compiled call alone": compiled_call,
+        "autograd alone: one torch.dot": one_product,
+        "eager implementation": drawn("eager"),
+        OFFICIAL: official_clip_cov,
     }
     if compile_too:
         # The draw leaves the graph by its host values; what lies around it is compiled.
-        found["official formulation, torch.compile"] = torch.compile(official_clip_cov, dynamic=False)
+        found[f"{OFFICIAL}, torch.compile"] = torch.compile(official_clip_cov, dynamic=False)
     return found
 
 
@@ -186,42 +200,34 @@ def time_call(function: Callable[[Any, Inputs], Any], inputs: Inputs) -> float:
 
 
 def measure(tokens: int, rounds: int, compile_too: bool) -> dict[str, Any]:
-    """All contenders on one size: milliseconds and ratios to the kernels."""
+    """All contenders on one size: milliseconds, and how many times as fast as the official formulation."""
     inputs = make_inputs(tokens)
     functions = contenders(compile_too)
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
+    order = random.Random(tokens)
     for round_index in range(-2, rounds):  # the first two rounds warm up
-        first = round_index % len(names)  # who comes after whom changes: caches are as the one before left them
-        for name in names[first:] + names[:first]:
+        for name in order.sample(list(functions), len(functions)):
             seconds = time_call(functions[name], inputs)
             if round_index >= 0:
                 samples[name].append(seconds)
     return {
         "tokens": tokens,
         "median_ms": {name: 1e3 * statistics.median(values) for name, values in samples.items()},
-        "ratio": _ratios(samples, KERNELS),
-        "ratio_to_calls": _ratios(samples, CALLS),
+        "official_by_this": {
+            name: statistics.median(a / b for a, b in zip(samples[OFFICIAL], values, strict=True))
+            for name, values in samples.items()
+        },
         "samples_ms": {name: [1e3 * value for value in values] for name, values in samples.items()},
-    }
-
-
-def _ratios(samples: dict[str, list[float]], base: str) -> dict[str, float]:
-    """Medians of the ratios within a round."""
-    return {
-        name: statistics.median(a / b for a, b in zip(values, samples[base], strict=True))
-        for name, values in samples.items()
     }
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
     """One line per size and contender, as a Markdown table."""
-    print("| tokens | contender | median ms | time / kernels | time / compiled calls |")
-    print("|---|---|---|---|---|")
+    print("| tokens | contender | median ms | official formulation / this |")
+    print("|---|---|---|---|")
     for result in results:
         for name, milliseconds in result["median_ms"].items():
-            ratios = f"{result['ratio'][name]:.2f} | {result['ratio_to_calls'][name]:.2f}"
-            print(f"| {result['tokens']} | {name} | {milliseconds:.3f} | {ratios} |")
+            print(f"| {result['tokens']} | {name} | {milliseconds:.3f} | {result['official_by_this'][name]:.2f} |")
 
 
 def main() -> None:

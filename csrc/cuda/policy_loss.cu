@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kBlockThreads)
     store_block(totals, partials + int64_t{blockIdx.x} * kTotals);
 }
 
-__global__ void __launch_bounds__(kBlockThreads) policy_sums(const double* partials, int64_t blocks, double* sums) {
+__global__ void __launch_bounds__(kBlockThreads)
+    policy_sums(const double* partials, int64_t blocks, double* sums, float* loss) {
     PolicyTotals totals;
     for (int64_t block = threadIdx.x; block < blocks; block += kBlockThreads) {
         const double* part = partials + block * kTotals;
@@ -93,8 +94,10 @@ __global__ void __launch_bounds__(kBlockThreads) policy_sums(const double* parti
     }
     store_block(totals, sums);
     __syncthreads();
+    if (threadIdx.x > 0) return;
+    *loss = static_cast<float>(sums[0]);
     // The comparisons above pass over a NaN, the sum does not.
-    if (threadIdx.x == 0 && sums[kSums - 1] != sums[kSums - 1]) sums[kSums] = sums[kSums - 1];
+    if (sums[kSums - 1] != sums[kSums - 1]) sums[kSums] = sums[kSums - 1];
 }
 
 int64_t num_blocks(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
@@ -114,7 +117,7 @@ int64_t spear_policy_loss_scratch(int64_t tokens) { return spear::num_blocks(tok
 int spear_policy_loss(int device, void* stream, const void* log_probs, const void* old_log_probs,
                       const void* advantages, const void* weights, const void* selected, const void* mask,
                       int64_t tokens, int mode, double low, double high, double dual, double coef, void* gradient,
-                      void* sums, void* scratch) {
+                      void* loss, void* sums, void* scratch) {
     using namespace spear;
     const bool chooses = mode == kClipCov || mode == kKlCov;
     if (tokens < 0 || tokens > kMaxTokens || mode < kVanilla || mode > kKlCov || (chooses && tokens && !selected)) {
@@ -136,6 +139,7 @@ int spear_policy_loss(int device, void* stream, const void* log_probs, const voi
         if (mode == kKlCov) launch_blocks<kKlCov>(columns, rule, partials, queue);
         if (const cudaError_t error = cudaGetLastError()) return error;
     }
-    policy_sums<<<1, kBlockThreads, 0, queue>>>(partials, num_blocks(tokens), static_cast<double*>(sums));
+    policy_sums<<<1, kBlockThreads, 0, queue>>>(partials, num_blocks(tokens), static_cast<double*>(sums),
+                                               static_cast<float*>(loss));
     return cudaGetLastError();
 }

@@ -29,7 +29,7 @@ from spear_megatron.kernels.cov_select import (
     use_compiled,
 )
 
-__all__ = ["ClipCovRule", "KlCovRule", "Selection", "TokenSet", "select_tokens", "token_keys"]
+__all__ = ["ClipCovRule", "KlCovRule", "Selection", "TokenSet", "judge_of", "select_tokens", "token_keys"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def select_tokens(
         lb, ub = rule.lb, rule.ub
         if rule.quantiles is not None:
             lb, ub = _quantiles(covariances(tokens.values, means.advantage, means.log_prob), rule.quantiles, gather)
-        judge = _judge(rule)._replace(mean_advantage=means.advantage, mean_log_prob=means.log_prob, lb=lb, ub=ub)
+        judge = judge_of(rule)._replace(mean_advantage=means.advantage, mean_log_prob=means.log_prob, lb=lb, ub=ub)
     chosen = _chosen_anywhere(tokens, judge, k, isinstance(rule, KlCovRule), gather, implementation)
     return Selection(
         masks=list(chosen.mask.split(tokens.lengths)) if rows else [],
@@ -144,7 +144,7 @@ def select_tokens(
     )
 
 
-def _judge(rule: ClipCovRule | KlCovRule) -> CovJudge:
+def judge_of(rule: ClipCovRule | KlCovRule) -> CovJudge:
     """The rule's bounds and clips, before the means are known."""
     if isinstance(rule, KlCovRule):
         return CovJudge(0.0, 0.0)
@@ -159,7 +159,7 @@ def _select_here(tokens: _Tokens, rule: ClipCovRule | KlCovRule) -> Selection | 
     num_tokens = len(tokens.parts[0])
     if not rule.ratio > 0 or num_tokens == 0 or (isinstance(rule, ClipCovRule) and rule.quantiles is not None):
         return None
-    judge, by_covariance = _judge(rule), isinstance(rule, KlCovRule)
+    judge, by_covariance = judge_of(rule), isinstance(rule, KlCovRule)
     found = cov_selected(tokens.parts, tokens.lengths, rule.ratio, judge, by_covariance=by_covariance)
     if found.num_chosen > found.k:
         return None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LOG_RATIO_LIMIT = 20.0
-_NEAR = 1e-5
+NEAR_BOUND = 1e-5
 _SUM_LANES = 16
 _SUM_BLOCK = 4096
 _WORD = (1 << 64) - 1
@@ -110,7 +110,7 @@ def cov_chosen(
         mean_advantage=judge.mean_advantage,
         mean_log_prob=judge.mean_log_prob,
         bounds=(judge.lb, judge.ub),
-        nearness=_NEAR,
+        nearness=NEAR_BOUND,
         clip_bounds=judge.log_bounds(),
         by_covariance=by_covariance,
         k=k,
@@ -167,7 +167,7 @@ def cov_selected(
         lengths=lengths,
         ratio=ratio,
         bounds=(judge.lb, judge.ub),
-        nearness=_NEAR,
+        nearness=NEAR_BOUND,
         clip_bounds=judge.log_bounds(),
         by_covariance=by_covariance,
         chosen=mask.data_ptr(),
@@ -304,7 +304,7 @@ def _eager_candidates(tokens: CovTokens, judge: CovJudge, k: int, by_covariance:
     covariance = covariances(tokens, judge.mean_advantage, judge.mean_log_prob)
     near = np.zeros(len(covariance), dtype=bool)
     for bound in (judge.lb, judge.ub):
-        near |= (covariance >= bound - _NEAR) & (covariance <= bound + _NEAR)
+        near |= (covariance >= bound - NEAR_BOUND) & (covariance <= bound + NEAR_BOUND)
     inside = (covariance > judge.lb) & (covariance < judge.ub)
     places = np.flatnonzero(inside & ~_ppo_clipped(tokens, judge))
     count = len(places)

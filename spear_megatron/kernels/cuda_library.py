@@ -20,7 +20,7 @@ SIGNATURES: dict[str, tuple[tuple[type, ...], type]] = {
     "spear_token_logprobs_backward": ((*_LOGITS, _pointer, _pointer, _long, _long), _int),
     "spear_merge_rows": ((_int, _pointer, _pointer, _long, _long, _double, *[_pointer] * 3), _int),
     "spear_join_rows": ((_int, *[_pointer] * 3, _long, _pointer, _long, _long, _pointer), _int),
-    "spear_policy_loss": ((_int, *[_pointer] * 7, _long, _int, *[_double] * 4, *[_pointer] * 3), _int),
+    "spear_policy_loss": ((_int, *[_pointer] * 7, _long, _int, *[_double] * 4, *[_pointer] * 4), _int),
     "spear_policy_loss_scratch": ((_long,), _long),
     "spear_cov_pack": ((_int, *[_pointer] * 6, _long, *[_pointer] * 5), _int),
     "spear_cov_means_scratch": ((_long, _long), _long),

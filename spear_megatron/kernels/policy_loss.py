@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spear_megatron.kernels.backends import IMPLEMENTATIONS
 from spear_megatron.kernels.checks import differentiable_once
-from spear_megatron.kernels.policy_loss_compiled import PolicySettings, PolicyTokens
+from spear_megatron.kernels.policy_loss_compiled import KnownLoss, PolicySettings, PolicyTokens
 from spear_megatron.kernels.policy_loss_ops import compiled_for, has_kernel, policy_loss_op
 from spear_megatron.kernels.policy_surrogates import check_mode, token_surrogate
 
@@ -77,7 +77,8 @@ def policy_loss(
     """
     tokens = PolicyTokens(log_probs, old_log_probs, advantages, token_weight, selected, mask)
     settings = PolicySettings(mode, clip_ratio_low, clip_ratio_high, clip_ratio_c, kl_cov_coef)
-    _check(tokens, mode, implementation)
+    check_tokens(tokens)
+    _check_settings(mode, selected, implementation)
     if torch.compiler.is_compiling():
         if not has_kernel(log_probs.dtype, log_probs.device.type, implementation):
             return _eager(tokens, settings)
@@ -86,42 +87,53 @@ def policy_loss(
     module = compiled_for(log_probs.dtype, log_probs.device.type, implementation)
     if module is None:
         return _eager(tokens, settings)
-    sums, gradient = module.loss_and_gradient(tokens._replace(log_probs=log_probs.detach()), settings)
-    return _KnownGradient.apply(log_probs, sums, gradient), PolicySums._make(sums.unbind())
+    known = module.loss_and_gradient(tokens, settings)
+    return attached(log_probs, known), PolicySums._make(known.sums.unbind())
 
 
-def _check(tokens: PolicyTokens, mode: str, implementation: str) -> None:
+def check_tokens(tokens: PolicyTokens, keys: Tensor | None = None) -> None:
+    """ValueError unless all are [T], of the dtypes that the losses take, on one device; keys are int64 [T]."""
     first = tokens.log_probs
     if first.dim() != 1 or not first.is_floating_point():
         raise ValueError(f"log_probs must be floating [T], not {first.dtype} {list(first.shape)}")
-    dtypes = (first.dtype,) * 4 + (torch.bool,) * 2
+    names = (*tokens._fields, "token_keys")
+    dtypes = (first.dtype,) * 4 + (torch.bool,) * 2 + (torch.int64,)
     shape, device = first.shape, first.device
-    for name, value, dtype in zip(tokens._fields, tokens, dtypes, strict=True):
+    for name, value, dtype in zip(names, (*tokens, keys), dtypes, strict=True):
         if value is not None and (value.dtype is not dtype or value.shape != shape or value.device != device):
             raise ValueError(
                 f"{name} must be {dtype} [{len(first)}] on {device} as log_probs are, "
                 f"not {value.dtype} {list(value.shape)} on {value.device}"
             )
-    check_mode(mode, tokens.selected)
+
+
+def _check_settings(mode: str, selected: Tensor | None, implementation: str) -> None:
+    check_mode(mode, selected)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
 
 
+def attached(log_probs: Tensor, known: KnownLoss) -> Tensor:
+    """The loss, as a function of the log-probs that can be differentiated once."""
+    loss: Tensor = _KnownGradient.apply(log_probs, known)
+    return loss
+
+
 class _KnownGradient(torch.autograd.Function):
-    """The first of the sums, of which the gradient is known; the backward pass multiplies it by that of the loss."""
+    """A loss of which the gradient is known; the backward pass multiplies it by that of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, sums: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return sums[0].to(log_probs.dtype)
+    def forward(ctx: Any, log_probs: Tensor, known: KnownLoss) -> Tensor:
+        ctx.save_for_backward(known.gradient)
+        return known.loss
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         if grad_loss.is_cpu and grad_loss.item() == 1:  # the loss itself was differentiated
-            return gradient, None, None
-        return gradient * grad_loss, None, None
+            return gradient, None
+        return gradient * grad_loss, None
 
 
 def _eager(tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, PolicySums]:

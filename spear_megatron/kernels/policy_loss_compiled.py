@@ -13,6 +13,20 @@ MODE_CODES = {"vanilla": 0, "gpg": 1, "clip_cov": 2, "kl_cov": 3}
 NUM_SUMS = 6
 
 
+class KnownLoss(NamedTuple):
+    """What a kernel makes of a set of tokens, on their device.
+
+    Attributes:
+        loss: fp32 scalar, -sum token_weight * surrogate.
+        sums: fp64 [6], the fields of ``PolicySums`` in their order; of a drawn loss [9], with the counts of the draw.
+        gradient: of the loss by the log-probs, fp32 [T], 0 beside the mask.
+    """
+
+    loss: Tensor
+    sums: Tensor
+    gradient: Tensor
+
+
 class PolicySettings(NamedTuple):
     """Mode and constants of the policy loss, see :func:`spear_megatron.kernels.policy_surrogates.token_surrogate`."""
 
@@ -40,21 +54,17 @@ class PolicyTokens(NamedTuple):
     mask: Tensor | None
 
 
-def loss_and_gradient(tokens: PolicyTokens, settings: PolicySettings, isa: str = "auto") -> tuple[Tensor, Tensor]:
-    """Sums and gradient of the loss -sum token_weight * surrogate in one pass, the same for every number of threads.
+def loss_and_gradient(tokens: PolicyTokens, settings: PolicySettings, isa: str = "auto") -> KnownLoss:
+    """Loss, sums and gradient in one pass, the same for every number of threads.
 
     Args:
         tokens: fp32 and bool on the CPU, of any stride.
         settings: mode and constants.
         isa: "auto", or a particular instruction set (generic, avx2, avx512).
-
-    Returns:
-        fp64 [6], the fields of ``PolicySums`` in their order, and the gradient of the loss by the log-probs, fp32 [T]
-        (0 beside the mask).
     """
     held = PolicyTokens._make([None if value is None else value.contiguous() for value in tokens])
     gradient = torch.empty(len(held.log_probs), dtype=torch.float32)
-    sums = torch.empty(NUM_SUMS, dtype=torch.float64)
+    loss, sums = torch.empty((), dtype=torch.float32), torch.empty(NUM_SUMS, dtype=torch.float64)
     compiled_module().policy_loss(
         log_probs=held.log_probs.data_ptr(),
         old_log_probs=held.old_log_probs.data_ptr(),
@@ -69,8 +79,9 @@ def loss_and_gradient(tokens: PolicyTokens, settings: PolicySettings, isa: str =
         dual=settings.clip_ratio_c,
         coef=settings.kl_cov_coef,
         gradient=gradient.data_ptr(),
+        loss=loss.data_ptr(),
         sums=sums.data_ptr(),
         threads=torch.get_num_threads(),
         isa=isa,
     )
-    return sums, gradient
+    return KnownLoss(loss, sums, gradient)

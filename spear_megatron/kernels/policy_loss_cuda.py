@@ -6,22 +6,17 @@ Nothing here waits for the device, so it can be captured into a CUDA graph; resu
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from spear_megatron.kernels.cuda_library import call, measure
-from spear_megatron.kernels.policy_loss_compiled import MODE_CODES, NUM_SUMS, PolicySettings, PolicyTokens
+from spear_megatron.kernels.policy_loss_compiled import MODE_CODES, NUM_SUMS, KnownLoss, PolicySettings, PolicyTokens
 
 
-def loss_and_gradient(tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, Tensor]:
-    """Sums and gradient of the loss -sum token_weight * surrogate.
+def loss_and_gradient(tokens: PolicyTokens, settings: PolicySettings) -> KnownLoss:
+    """Loss, sums and gradient, on the device.
 
     Args:
         tokens: fp32 and bool on one CUDA device, of any stride.
         settings: mode and constants.
-
-    Returns:
-        fp64 [6], the fields of ``PolicySums`` in their order, and the gradient of the loss by the log-probs, fp32 [T]
-        (0 beside the mask), both on the device.
 
     Raises:
         RunError: the library is missing or CUDA refuses the launch.
@@ -30,6 +25,7 @@ def loss_and_gradient(tokens: PolicyTokens, settings: PolicySettings) -> tuple[T
     device, count = held.log_probs.device, len(held.log_probs)
     with torch.cuda.device(device):
         scratch = torch.empty(measure("spear_policy_loss_scratch", count), dtype=torch.float64, device=device)
+        loss = torch.empty((), dtype=torch.float32, device=device)
         sums = torch.empty(NUM_SUMS, dtype=torch.float64, device=device)
         gradient = torch.empty(count, dtype=torch.float32, device=device)
         call(
@@ -44,7 +40,8 @@ def loss_and_gradient(tokens: PolicyTokens, settings: PolicySettings) -> tuple[T
             settings.clip_ratio_c,
             settings.kl_cov_coef,
             gradient.data_ptr(),
+            loss.data_ptr(),
             sums.data_ptr(),
             scratch.data_ptr(),
         )
-    return sums, gradient
+    return KnownLoss(loss, sums, gradient)

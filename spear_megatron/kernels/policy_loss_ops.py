@@ -15,7 +15,7 @@ from torch import Tensor
 from spear_megatron.kernels import policy_loss_compiled, policy_loss_cuda
 from spear_megatron.kernels.backends import usable
 from spear_megatron.kernels.checks import refuse_graph
-from spear_megatron.kernels.policy_loss_compiled import NUM_SUMS, PolicySettings, PolicyTokens
+from spear_megatron.kernels.policy_loss_compiled import NUM_SUMS, KnownLoss, PolicySettings, PolicyTokens
 
 _COMPILED: dict[str, ModuleType] = {"cpu": policy_loss_compiled, "cuda": policy_loss_cuda}
 
@@ -74,8 +74,8 @@ def policy_loss_op(
     assert module is not None
     tokens = PolicyTokens(log_probs, old_log_probs, advantages, token_weight, selected, mask)
     settings = PolicySettings(mode, clip_ratio_low, clip_ratio_high, clip_ratio_c, kl_cov_coef)
-    sums, gradient = module.loss_and_gradient(tokens, settings)
-    return sums[0].float(), sums, gradient
+    known: KnownLoss = module.loss_and_gradient(tokens, settings)
+    return tuple(known)
 
 
 @torch.library.register_fake("spear::policy_loss")

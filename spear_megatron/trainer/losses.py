@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, TokenSet, select_tokens
-from spear_megatron.algorithms.covariance_device import select_on_device
+from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule
+from spear_megatron.algorithms.drawn_loss import drawn_policy_loss
 from spear_megatron.algorithms.kl import kl_estimate
-from spear_megatron.kernels import cov_select_cuda
 from spear_megatron.kernels.policy_loss import PolicySums, policy_loss
 from spear_megatron.trainer.figures import Figures
 from spear_megatron.types import MicroBatch
@@ -132,49 +131,29 @@ def _surrogate_loss(
     batch: MicroBatch,
     prefix: str,
 ) -> tuple[torch.Tensor, PolicySums, Sums]:
-    selected, sums = batch.selected, Sums()
+    weight = batch.token_weight * batch.surrogate_weight
+    constants = {
+        "clip_ratio_low": rule.clip_ratio_low,
+        "clip_ratio_high": rule.clip_ratio_high,
+        "kl_cov_coef": rule.kl_cov_coef,
+    }
+    columns = (log_probs, old_log_probs, batch.advantages, weight)
     if rule.draw is not None:
-        selected, sums = _draw(rule, mask, log_probs, old_log_probs, batch, prefix)
+        loss, policy, draw = drawn_policy_loss(
+            *columns, batch.token_keys, rule.draw, mask=mask, **constants, implementation=rule.implementation
+        )
+        counts = {"candidates": draw.num_candidates, "near_bound": draw.num_near_bound, "selected": draw.num_selected}
+        return loss, policy, {f"{prefix}{name}": count for name, count in counts.items()}
     loss, policy = policy_loss(
-        log_probs,
-        old_log_probs,
-        batch.advantages,
-        batch.token_weight * batch.surrogate_weight,
+        *columns,
         mode=rule.mode,
-        selected=selected if rule.mode in ("clip_cov", "kl_cov") else None,
+        selected=batch.selected if rule.mode in ("clip_cov", "kl_cov") else None,
         mask=mask,
-        clip_ratio_low=rule.clip_ratio_low,
-        clip_ratio_high=rule.clip_ratio_high,
         clip_ratio_c=rule.clip_ratio_c,
-        kl_cov_coef=rule.kl_cov_coef,
+        **constants,
         implementation=rule.implementation,
     )
-    return loss, policy, sums | {f"{prefix}selected": figure(selected & mask)}
-
-
-def _draw(
-    rule: SurrogateRule,
-    mask: torch.Tensor,
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    batch: MicroBatch,
-    prefix: str,
-) -> tuple[torch.Tensor, Sums]:
-    """Tokens chosen by covariance within this micro-batch, bool [T], and the counts."""
-    assert rule.draw is not None
-    values = (log_probs.detach(), old_log_probs, batch.advantages, batch.token_keys)
-    if cov_select_cuda.usable(mask.device, rule.implementation):
-        there = select_on_device([TokenSet(*values)], rule.draw, mask)
-        numbers = there.numbers
-        figures = {f"{prefix}candidates": numbers.num_candidates, f"{prefix}near_bound": numbers.num_near_bound}
-        return there.masks[0], figures
-    places = mask.nonzero().squeeze(1)
-    own = TokenSet(*(value[places] for value in values))
-    drawn = select_tokens([own], rule.draw, implementation=rule.implementation)
-    selected = torch.zeros_like(mask)
-    selected[places] = drawn.masks[0].to(mask.device)
-    counts = {f"{prefix}candidates": drawn.num_candidates, f"{prefix}near_bound": drawn.num_near_bound}
-    return selected, {name: torch.tensor(float(count), dtype=torch.float64) for name, count in counts.items()}
+    return loss, policy, {f"{prefix}selected": figure(batch.selected & mask)}
 
 
 def supervised_loss(

@@ -42,8 +42,8 @@ def make_tokens(count: int, mode: str, masked: bool) -> PolicyTokens:
 @pytest.mark.parametrize("count", [0, 1, 257, 3001])
 def test_sums_and_gradient_are_those_of_the_cpu(mode: str, masked: bool, count: int) -> None:
     tokens, settings = make_tokens(count, mode, masked), PolicySettings(mode, **RULE)
-    sums, gradient = policy_loss_cuda.loss_and_gradient(tokens, settings)
-    expected_sums, expected_gradient = policy_loss_compiled.loss_and_gradient(tokens, settings)
+    _, sums, gradient = policy_loss_cuda.loss_and_gradient(tokens, settings)
+    _, expected_sums, expected_gradient = policy_loss_compiled.loss_and_gradient(tokens, settings)
     assert torch.equal(sums[1:3], expected_sums[1:3])
     torch.testing.assert_close(sums[3], expected_sums[3], rtol=1e-12, atol=1e-12)
     # Exponentials differ in the last bit of a float.
@@ -52,7 +52,7 @@ def test_sums_and_gradient_are_those_of_the_cpu(mode: str, masked: bool, count: 
     torch.testing.assert_close(sums[4:], expected_sums[4:], rtol=3e-7, atol=0)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-7 / max(count, 1))
     again = policy_loss_cuda.loss_and_gradient(tokens, settings)
-    assert torch.equal(sums, again[0]) and torch.equal(gradient, again[1])
+    assert torch.equal(sums, again.sums) and torch.equal(gradient, again.gradient)
 
 
 def test_a_large_sum_is_added_in_double() -> None:
@@ -60,7 +60,7 @@ def test_a_large_sum_is_added_in_double() -> None:
     count = 263_001
     one = torch.ones(count)
     tokens = PolicyTokens(one, one, 0.1 * one, one, None, None)
-    sums, _ = policy_loss_cuda.loss_and_gradient(tokens, PolicySettings("gpg", **RULE))
+    _, sums, _ = policy_loss_cuda.loss_and_gradient(tokens, PolicySettings("gpg", **RULE))
     assert sums[0].item() == pytest.approx(-count * 0.1, rel=1e-7)
     assert sums[4].item() == count and sums[5].item() == 1.0
 
@@ -72,7 +72,7 @@ def test_what_is_not_finite_stays_visible(mode: str, value: float) -> None:
     tokens.log_probs[300] = value
     if tokens.selected is not None:
         tokens.selected[300] = False
-    sums, _ = policy_loss_cuda.loss_and_gradient(tokens, PolicySettings(mode, **RULE))
+    _, sums, _ = policy_loss_cuda.loss_and_gradient(tokens, PolicySettings(mode, **RULE))
     assert not sums[0].isfinite() and sums[3:].isnan().all()
 
 

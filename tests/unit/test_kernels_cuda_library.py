@@ -92,7 +92,7 @@ def test_calls_without_a_device_say_so(library: None) -> None:
         "spear_token_logprobs_backward": (*first, address, address, 4, 4),
         "spear_merge_rows": (0, None, address, 1, 1, 1.0, address, address, address),
         "spear_join_rows": (0, None, address, address, 1, address, 1, 1, address),
-        "spear_policy_loss": (0, None, *[address] * 6, 1, 2, 0.8, 1.2, 3.0, 1.0, *[address] * 3),
+        "spear_policy_loss": (0, None, *[address] * 6, 1, 2, 0.8, 1.2, 3.0, 1.0, *[address] * 4),
         "spear_cov_pack": (0, None, *[address] * 5, 1, *[address] * 5),
         "spear_cov_means": (0, None, address, address, None, 1, 1, 1, -1.0, 1.0, address, address),
         "spear_cov_select": (0, None, *[address] * 4, None, 1, 1, None, 0.5, -1.0, 1.0, 0, *[address] * 3),
@@ -117,9 +117,9 @@ def test_arguments_that_cannot_be_right_are_refused_before_the_device(library: N
 def test_other_kernels_refuse_what_cannot_be_right(library: None) -> None:
     columns, rule = [None] * 6, (0.8, 1.2, 3.0, 1.0)
     calls: list[tuple[str, tuple[int | float | None, ...]]] = [
-        ("spear_policy_loss", (0, None, *columns, 1, 4, *rule, None, None, None)),  # no such mode
-        ("spear_policy_loss", (0, None, *columns, 1, 2, *rule, None, None, None)),  # nothing selected
-        ("spear_policy_loss", (0, None, *columns, 1 << 31, 0, *rule, None, None, None)),
+        ("spear_policy_loss", (0, None, *columns, 1, 4, *rule, *[None] * 4)),  # no such mode
+        ("spear_policy_loss", (0, None, *columns, 1, 2, *rule, *[None] * 4)),  # nothing selected
+        ("spear_policy_loss", (0, None, *columns, 1 << 31, 0, *rule, *[None] * 4)),
         ("spear_merge_rows", (0, None, None, 0, 4, 1.0, None, None, None)),  # no shard
         ("spear_cov_pack", (0, None, *columns[:5], 1 << 31, *columns[:5])),
         ("spear_cov_means", (0, None, None, None, None, 1, 5, 6, -1.0, 1.0, None, None)),  # a row beyond all tokens
