@@ -20,6 +20,34 @@ namespace {
 
 constexpr size_t kFewWords = 256;  // so few are sooner put in order than counted
 
+float rounded_down(double value) {
+    const float nearest = static_cast<float>(value);
+    return nearest > value ? std::nextafter(nearest, -std::numeric_limits<float>::infinity()) : nearest;
+}
+
+float rounded_up(double value) { return -rounded_down(-value); }
+
+CovFilter cov_filter(const CovRule& rule) {
+    const float advantage = static_cast<float>(rule.mean_advantage);
+    const float log_prob = static_cast<float>(rule.mean_log_prob);
+    const double off_advantage = 1.01 * std::fabs(advantage - rule.mean_advantage);
+    const double off_log_prob = 1.01 * std::fabs(log_prob - rule.mean_log_prob);
+    CovFilter filter;
+    filter.mean_advantage = advantage;
+    filter.mean_log_prob = log_prob;
+    filter.spread_advantage = rounded_up(off_advantage);  // upwards, as it may be below the smallest float
+    filter.spread_log_prob = rounded_up(off_log_prob);
+    filter.spread = rounded_up(off_advantage * off_log_prob + 1e-30);
+    filter.least = rounded_up(rule.near_lb[1]);
+    filter.most = rounded_down(rule.near_ub[0]);
+    // Bounds may be NaN, which holds nothing, or swapped.
+    filter.lowest = rounded_down(std::fmin(rule.near_lb[0], rule.near_ub[0]));
+    filter.highest = rounded_up(std::fmax(rule.near_lb[1], rule.near_ub[1]));
+    filter.clip_low = rounded_up(rule.clip_low);      // for a float, x < bound is x < the float above it
+    filter.clip_high = rounded_down(rule.clip_high);  // and x > bound is x > the float below it
+    return filter;
+}
+
 // The word up to which words are among the k smallest, or equal to the k-th, from the words that are left.
 uint64_t border(const WordSearch& search, std::vector<uint64_t>& left) {
     if (left.size() <= kFewWords) {
@@ -78,7 +106,8 @@ CovSelection::CovSelection(const CovTokens& tokens, const CovLimits& limits, Isa
 void CovSelection::set_means(double advantage, double log_prob) {
     const double lb = limits_.lb, ub = limits_.ub, nearness = limits_.nearness;
     rule_ = {advantage, log_prob, lb, ub, {lb - nearness, lb + nearness}, {ub - nearness, ub + nearness},
-             limits_.clip_low, limits_.clip_high};
+             limits_.clip_low, limits_.clip_high, {}};
+    rule_.filter = cov_filter(rule_);
 }
 
 void CovSelection::find_means(const std::vector<int64_t>& lengths) {
@@ -110,14 +139,25 @@ void CovSelection::mark(int64_t k, uint8_t* marks) {
     mark_candidates(marks);
 }
 
-uint64_t CovSelection::word_of(int64_t token) const {
-    if (!limits_.by_covariance) return ordered_word(tokens_.keys[place_of(token)]);
-    return ordered_word(-covariance_of(tokens_.inputs, token, rule_));
+void CovSelection::write_words(const CovBlock& block, uint64_t* words) const {
+    if (limits_.by_covariance) {
+        for (int64_t i = 0; i < block.candidates; ++i) {
+            words[i] = ordered_word(-covariance_of(tokens_.inputs, block.tokens[i], rule_));
+        }
+        return;
+    }
+    const int64_t* keys = tokens_.keys;
+    const int32_t* places = tokens_.places;
+    for (int64_t i = 0; i < block.candidates; ++i) {
+        const int32_t token = block.tokens[i];
+        words[i] = ordered_word(keys[places ? places[token] : token]);
+    }
 }
 
 void CovSelection::find_candidates(uint8_t* marks) {
     const WordSearch start_of_search = word_search(1);
     std::vector<uint32_t> histogram(kDigits);
+    uint32_t* counts = histogram.data();
     int64_t candidates = 0, near = 0;
 #pragma omp for schedule(static) nowait
     for (int64_t index = 0; index < num_blocks(); ++index) {
@@ -125,10 +165,8 @@ void CovSelection::find_candidates(uint8_t* marks) {
         CovBlock block = {candidate_tokens_.get() + start, 0, 0};
         kernels_.block(tokens_.inputs, start, start + size, rule_, block);
         uint64_t* words = words_.get() + start;
-        for (int64_t i = 0; i < block.candidates; ++i) {
-            words[i] = word_of(block.tokens[i]);
-            ++histogram[digit(start_of_search, words[i])];
-        }
+        write_words(block, words);
+        for (int64_t i = 0; i < block.candidates; ++i) ++counts[digit(start_of_search, words[i])];
         if (!tokens_.places) std::memset(marks + start, 0, static_cast<size_t>(size));
         candidates += block.candidates;
         near += block.near;
@@ -161,6 +199,7 @@ void CovSelection::gather_left() {
 // Marks the candidates with words up to the last one that the search has found.
 void CovSelection::mark_candidates(uint8_t* marks) {
     const uint64_t last = search_.last;
+    const int32_t* places = tokens_.places;
     int64_t marked = 0;
 #pragma omp for schedule(static) nowait
     for (int64_t index = 0; index < num_blocks(); ++index) {
@@ -169,7 +208,8 @@ void CovSelection::mark_candidates(uint8_t* marks) {
         const uint64_t* words = words_of(index);
         for (int64_t i = 0; i < block.candidates; ++i) {
             const uint8_t mark = words[i] <= last;
-            marks[place_of(block.tokens[i])] = mark;
+            const int32_t token = block.tokens[i];
+            marks[places ? places[token] : token] = mark;
             marked += mark;
         }
     }

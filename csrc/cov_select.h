@@ -35,6 +35,16 @@ struct CovLimits {
     bool by_covariance;  // the largest covariance comes first; false: the smallest key
 };
 
+// The rule in float, with what its rounding can do to a covariance: that of a token is within
+// kShare * |cov| + spread_log_prob * |A - mean| + spread_advantage * |logp - mean| + spread of the one in double.
+struct CovFilter {
+    static constexpr float kShare = 4e-7f;  // six halves of a unit in the last place and some more
+    float mean_advantage, mean_log_prob, spread_advantage, spread_log_prob, spread;
+    float least, most;      // surely inside and not near a bound: between these
+    float lowest, highest;  // surely outside and not near a bound: beyond these
+    float clip_low, clip_high;
+};
+
 struct CovRule {
     double mean_advantage;
     double mean_log_prob;
@@ -44,6 +54,7 @@ struct CovRule {
     double near_ub[2];
     double clip_low;
     double clip_high;
+    CovFilter filter;
 };
 
 inline double covariance_of(const CovInputs& inputs, int64_t token, const CovRule& rule) {
@@ -100,8 +111,7 @@ public:
 private:
     int64_t num_blocks() const { return static_cast<int64_t>(blocks_.size()); }
     const uint64_t* words_of(int64_t block) const { return words_.get() + block * kBlockTokens; }
-    int64_t place_of(int64_t token) const { return tokens_.places ? tokens_.places[token] : token; }
-    uint64_t word_of(int64_t token) const;
+    void write_words(const CovBlock& block, uint64_t* words) const;
     void find_candidates(uint8_t* marks);
     void gather_left();
     void mark_candidates(uint8_t* marks);

@@ -52,40 +52,23 @@ SPEAR_INLINE void judge_one(const CovInputs& inputs, int64_t i, const CovRule& r
     candidate = (covariance > rule.lb) & (covariance < rule.ub) & !clipped;
 }
 
-SPEAR_INLINE float rounded_down(double value) {
-    const float nearest = static_cast<float>(value);
-    return nearest > value ? __builtin_nextafterf(nearest, -__builtin_inff()) : nearest;
-}
-
-SPEAR_INLINE float rounded_up(double value) { return -rounded_down(-value); }
-
-// The rule in float, with what its rounding can do to a covariance: that of a token is within
-// share * |cov| + spread_log_prob * |A - mean| + spread_advantage * |logp - mean| + spread of the one in double.
-struct CovFilter {
-    static constexpr float kShare = 4e-7f;  // six halves of a unit in the last place and some more
+// The numbers of CovFilter, each repeated over the lanes.
+struct CovLanes {
     Float mean_advantage, mean_log_prob, spread_advantage, spread_log_prob, spread;
-    Float least, most;      // surely inside and not near a bound: between these
-    Float lowest, highest;  // surely outside and not near a bound: beyond these
-    Float clip_low, clip_high;
+    Float least, most, lowest, highest, clip_low, clip_high;
 
-    SPEAR_METHOD explicit CovFilter(const CovRule& rule) {
-        const float advantage = static_cast<float>(rule.mean_advantage);
-        const float log_prob = static_cast<float>(rule.mean_log_prob);
-        mean_advantage = broadcast(advantage);
-        mean_log_prob = broadcast(log_prob);
-        const double off_advantage = 1.01 * __builtin_fabs(advantage - rule.mean_advantage);
-        const double off_log_prob = 1.01 * __builtin_fabs(log_prob - rule.mean_log_prob);
-        spread_advantage = broadcast(rounded_up(off_advantage));  // upwards, as it may be below the smallest float
-        spread_log_prob = broadcast(rounded_up(off_log_prob));
-        spread = broadcast(rounded_up(off_advantage * off_log_prob + 1e-30));
-        least = broadcast(rounded_up(rule.near_lb[1]));
-        most = broadcast(rounded_down(rule.near_ub[0]));
-        // Bounds may be NaN, which holds nothing, or swapped.
-        lowest = broadcast(rounded_down(__builtin_fmin(rule.near_lb[0], rule.near_ub[0])));
-        highest = broadcast(rounded_up(__builtin_fmax(rule.near_lb[1], rule.near_ub[1])));
-        clip_low = broadcast(rounded_up(rule.clip_low));      // for a float, x < bound is x < the float above it
-        clip_high = broadcast(rounded_down(rule.clip_high));  // and x > bound is x > the float below it
-    }
+    SPEAR_METHOD explicit CovLanes(const CovFilter& filter)
+        : mean_advantage(broadcast(filter.mean_advantage)),
+          mean_log_prob(broadcast(filter.mean_log_prob)),
+          spread_advantage(broadcast(filter.spread_advantage)),
+          spread_log_prob(broadcast(filter.spread_log_prob)),
+          spread(broadcast(filter.spread)),
+          least(broadcast(filter.least)),
+          most(broadcast(filter.most)),
+          lowest(broadcast(filter.lowest)),
+          highest(broadcast(filter.highest)),
+          clip_low(broadcast(filter.clip_low)),
+          clip_high(broadcast(filter.clip_high)) {}
 };
 
 // One bit for each of kWidth tokens: a candidate for sure; float does not tell (a NaN among others).
@@ -94,7 +77,7 @@ struct CovBits {
     unsigned open;
 };
 
-SPEAR_INLINE CovBits filtered(const CovInputs& inputs, int64_t i, const CovFilter& rule) {
+SPEAR_INLINE CovBits filtered(const CovInputs& inputs, int64_t i, const CovLanes& rule) {
     const Float zero = {};
     const Float advantage = load(inputs.advantages + i), log_prob = load(inputs.log_probs + i);
     const Float by_advantage = advantage - rule.mean_advantage, by_log_prob = log_prob - rule.mean_log_prob;
@@ -150,8 +133,9 @@ SPEAR_INLINE int64_t append(unsigned bits, int64_t position, int32_t* places, in
 }
 
 // Float decides about nearly all tokens, double about the rest: the result is that of double.
-static void cov_block(const CovInputs& inputs, int64_t start, int64_t stop, const CovRule& rule, CovBlock& block) {
-    const CovFilter filter(rule);
+static void cov_block(const CovInputs& columns, int64_t start, int64_t stop, const CovRule& rule, CovBlock& block) {
+    const CovInputs inputs = columns;  // of its own: no store can change where the columns are
+    const CovLanes filter(rule.filter);
     int32_t* places = block.tokens;
     int64_t candidates = 0, num_near = 0, i = start;
     bool candidate, near;

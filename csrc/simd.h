@@ -164,6 +164,14 @@ struct DoubleSums {
         low += widened(low_half(value));
         high += widened(high_half(value));
     }
+    // kWidth values in memory: no shuffle halves them.
+    SPEAR_METHOD void add(const float* values) {
+        Half half;
+        __builtin_memcpy(&half, values, sizeof(half));
+        low += widened(half);
+        __builtin_memcpy(&half, values + kWidth / 2, sizeof(half));
+        high += widened(half);
+    }
     SPEAR_METHOD double total() const {
         const Double both = low + high;
         double sum = 0;
