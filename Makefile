@@ -11,7 +11,7 @@ GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(if $(filter file,$(origin PYTHON)
 
 setup: $(VENV)/.ready  ## environment, pinned requirements, the package with its compiled part
 
-$(VENV)/.ready: requirements/cpu.txt requirements/dev.txt requirements/build.txt setup.py pyproject.toml tools/build_cuda.py $(wildcard csrc/* csrc/cuda/*)
+$(VENV)/.ready: requirements/cpu.txt requirements/dev.txt requirements/build.txt setup.py pyproject.toml tools/build_cuda.py $(wildcard csrc/* csrc/autograd/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements/build.txt
 	$(BIN)/pip install -q torch==2.13.0

@@ -2,10 +2,11 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -74,6 +75,33 @@ kernels = Pybind11Extension(
     extra_link_args=["-fopenmp"],
 )
 
+
+def autograd_extensions() -> list[Extension]:
+    """spear_megatron._autograd, compiled against the torch of this environment; none where there is no torch."""
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        print(
+            "spear_megatron._autograd is not compiled, as there is no torch here: autograd functions in Python stand "
+            "in. Build with --no-build-isolation."
+        )
+        return []
+    torch = Path(found.origin).parent
+    includes = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include"]
+    return [
+        Extension(
+            "spear_megatron._autograd",
+            sources("autograd/*.cpp"),
+            depends=sources("*.h") + sources("autograd/*.h"),
+            library_dirs=[str(torch / "lib")],
+            libraries=["c10", "torch_cpu", "torch_python"],
+            extra_compile_args=["-O2", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"]
+            + [flag for path in includes for flag in ("-isystem", str(path))],
+            language="c++",
+            optional=True,  # a torch that this does not fit must not keep the kernels away
+        )
+    ]
+
+
 setup(
     name="spear-megatron",
     version="0.1.0",
@@ -81,7 +109,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["spear_megatron", "spear_megatron.*"]),
     package_data={"spear_megatron.evaluation": ["page.html"]},
-    ext_modules=[kernels],
+    ext_modules=[kernels, *autograd_extensions()],
     cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.11",
     install_requires=requirements("cpu.txt"),

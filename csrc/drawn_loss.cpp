@@ -1,11 +1,10 @@
-// Clip-Cov and KL-Cov within one set of tokens: selection and policy loss in one parallel region, on columns that the
-// selection leaves in the caches.
+#include "drawn_loss.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
-#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -13,26 +12,17 @@
 #include <vector>
 
 #include "cov_math.h"
-#include "cov_select.h"
-#include "policy_loss.h"
 
 namespace py = pybind11;
 
 namespace spear {
 namespace {
 
-using Bounds = std::array<double, 2>;
-
-template <typename Element>
-Element* pointer(uintptr_t address) {
-    return reinterpret_cast<Element*>(address);
-}
-
 // The tokens of a mask back to back, as if there were no others: no sum over them depends on what lies between.
 class PackedTokens {
 public:
     PackedTokens(const CovInputs& inputs, const uint8_t* mask, int64_t count)
-        : inputs_(inputs), mask_(mask), count_(count) {
+        : inputs_(inputs), mask_(mask) {
         for (int64_t start = 0; start < count; start += kBlock) {
             starts_.push_back(used_);
             used_ = std::accumulate(mask + start, mask + std::min(start + kBlock, count), used_);
@@ -71,72 +61,86 @@ private:
 
     CovInputs inputs_;
     const uint8_t* mask_;
-    int64_t count_;
     int64_t used_ = 0;
     std::vector<int64_t> starts_;  // of the blocks' tokens among those that are used
     std::unique_ptr<float[]> values_;
     std::unique_ptr<int32_t[]> places_;
 };
 
-struct Drawn {
-    int64_t tokens;
-    int64_t k;
-    CovCounts counts;
-    PolicyTotals totals;
-};
+}  // namespace
 
-// `policy.selected` is where `marks` is: the loss reads what the selection writes.
-Drawn draw_and_add(const PolicyInputs& policy, uint8_t* marks, const int64_t* keys, int64_t count, int mode,
-                   const PolicySettings& settings, double ratio, const CovLimits& limits, int threads, Isa isa) {
-    const CovInputs inputs = {policy.log_probs, policy.old_log_probs, policy.advantages};
+bool drawn_loss(const DrawnColumns& columns, const DrawnSettings& settings, const DrawnResults& results, int threads,
+                Isa isa) {
+    if (settings.mode != kClipCov && settings.mode != kKlCov) {
+        throw std::invalid_argument("this mode of the policy loss draws no tokens");
+    }
+    if (columns.tokens > INT32_MAX) throw std::invalid_argument("tokens must be below 2^31");
+    const CovInputs inputs = {columns.log_probs, columns.old_log_probs, columns.advantages};
+    const PolicyInputs policy = {columns.log_probs, columns.old_log_probs, columns.advantages, columns.weights,
+                                 results.selected,  columns.mask,          results.gradient};
     std::unique_ptr<PackedTokens> packed;
-    if (policy.mask) packed.reset(new PackedTokens(inputs, policy.mask, count));
-    if (packed && packed->count() == count) packed.reset();
-    const CovTokens tokens = packed ? packed->tokens(keys) : CovTokens{inputs, keys, nullptr, count};
-    if (packed) std::memset(marks, 0, static_cast<size_t>(count));
-    const int64_t k = ratio > 0 && tokens.count ? std::max(floor_share(ratio, tokens.count), int64_t{1}) : 0;
+    if (columns.mask) packed.reset(new PackedTokens(inputs, columns.mask, columns.tokens));
+    if (packed && packed->count() == columns.tokens) packed.reset();
+    if (packed) std::memset(results.selected, 0, static_cast<size_t>(columns.tokens));
+    const CovTokens tokens =
+        packed ? packed->tokens(columns.keys) : CovTokens{inputs, columns.keys, nullptr, columns.tokens};
+    const bool selects = settings.ratio > 0 && tokens.count > 0;
+    const int64_t k = selects ? std::max(floor_share(settings.ratio, tokens.count), int64_t{1}) : 0;
     const std::vector<int64_t> lengths = {tokens.count};
-    CovSelection selection(tokens, limits, isa);
-    PolicySum sum(policy, count, mode, settings, isa);
-#pragma omp parallel num_threads(threads) if (threads > 1 && count > CovSelection::kBlockTokens)
+    CovSelection selection(tokens, settings.limits, isa);
+    PolicySum sum(policy, columns.tokens, settings.mode, settings.policy, isa);
+#pragma omp parallel num_threads(threads) if (threads > 1 && columns.tokens > CovSelection::kBlockTokens)
     {
         if (packed) packed->pack();
         selection.find_means(lengths);
-        selection.mark(k, marks);
-        sum.add_blocks();
+        selection.mark(k, results.selected);
+        sum.add_blocks();  // reads what the selection has marked
     }
-    return {tokens.count, k, selection.counts(), sum.totals()};
+    const CovCounts counts = selection.counts();
+    const PolicyTotals all = sum.totals();
+    const double sums[kDrawnSums] = {all.loss,
+                                     all.clipped,
+                                     all.dual_clipped,
+                                     all.log_ratio,
+                                     all.ratio,
+                                     all.max_ratio,
+                                     static_cast<double>(counts.candidates),
+                                     static_cast<double>(counts.near),
+                                     static_cast<double>(counts.marked)};
+    std::copy(sums, sums + kDrawnSums, results.sums);
+    *results.loss = static_cast<float>(all.loss);
+    return counts.marked <= k;
 }
 
-// Returns whether the selection is decided: not where tokens tie at its border.
-bool drawn_loss(uintptr_t log_probs, uintptr_t old_log_probs, uintptr_t advantages, uintptr_t weights, uintptr_t keys,
-                uintptr_t mask, int64_t tokens, int mode, double low, double high, double dual, double coef,
-                double ratio, const Bounds& bounds, double nearness, const Bounds& clip_bounds, uintptr_t gradient,
-                uintptr_t selected, uintptr_t loss, uintptr_t sums, int threads, const char* isa) {
-    if (mode != kClipCov && mode != kKlCov) throw std::invalid_argument("this mode of the policy loss draws no tokens");
-    if (tokens > INT32_MAX) throw std::invalid_argument("tokens must be below 2^31");
-    const PolicyInputs inputs = {pointer<const float>(log_probs),  pointer<const float>(old_log_probs),
-                                 pointer<const float>(advantages), pointer<const float>(weights),
-                                 pointer<const uint8_t>(selected), pointer<const uint8_t>(mask),
-                                 pointer<float>(gradient)};
-    const PolicySettings settings = {static_cast<float>(low), static_cast<float>(high), static_cast<float>(dual),
-                                     static_cast<float>(coef)};
-    const CovLimits limits = {bounds[0], bounds[1], nearness, clip_bounds[0], clip_bounds[1], mode == kKlCov};
-    const Drawn drawn = draw_and_add(inputs, pointer<uint8_t>(selected), pointer<const int64_t>(keys), tokens, mode,
-                                     settings, ratio, limits, threads, parse_isa(isa));
-    const PolicyTotals& all = drawn.totals;
-    const double values[9] = {all.loss,
-                              all.clipped,
-                              all.dual_clipped,
-                              all.log_ratio,
-                              all.ratio,
-                              all.max_ratio,
-                              static_cast<double>(drawn.counts.candidates),
-                              static_cast<double>(drawn.counts.near),
-                              static_cast<double>(drawn.counts.marked)};
-    std::copy(values, values + 9, pointer<double>(sums));
-    *pointer<float>(loss) = static_cast<float>(all.loss);
-    return drawn.counts.marked <= drawn.k;
+bool widest_drawn_loss(const DrawnColumns& columns, const DrawnSettings& settings, const DrawnResults& results,
+                       int threads) {
+    return drawn_loss(columns, settings, results, threads, detected_isa());
+}
+
+namespace {
+
+using Bounds = std::array<double, 2>;
+
+template <typename Element>
+Element* pointer(uintptr_t address) {
+    return reinterpret_cast<Element*>(address);
+}
+
+bool python_drawn_loss(uintptr_t log_probs, uintptr_t old_log_probs, uintptr_t advantages, uintptr_t weights,
+                       uintptr_t keys, uintptr_t mask, int64_t tokens, int mode, double low, double high, double coef,
+                       double ratio, const Bounds& bounds, double nearness, const Bounds& clip_bounds,
+                       uintptr_t gradient, uintptr_t selected, uintptr_t loss, uintptr_t sums, int threads,
+                       const char* isa) {
+    const DrawnColumns columns = {pointer<const float>(log_probs),  pointer<const float>(old_log_probs),
+                                  pointer<const float>(advantages), pointer<const float>(weights),
+                                  pointer<const int64_t>(keys),     pointer<const uint8_t>(mask),
+                                  tokens};
+    const DrawnSettings settings = {
+        mode, {static_cast<float>(low), static_cast<float>(high), 0, static_cast<float>(coef)}, ratio,
+        {bounds[0], bounds[1], nearness, clip_bounds[0], clip_bounds[1], mode == kKlCov}};
+    const DrawnResults results = {pointer<float>(gradient), pointer<uint8_t>(selected), pointer<float>(loss),
+                                  pointer<double>(sums)};
+    return drawn_loss(columns, settings, results, threads, parse_isa(isa));
 }
 
 }  // namespace
@@ -144,12 +148,14 @@ bool drawn_loss(uintptr_t log_probs, uintptr_t old_log_probs, uintptr_t advantag
 
 void register_drawn_loss(py::module_& module) {
     using py::arg;
-    module.def("drawn_loss", &spear::drawn_loss, py::call_guard<py::gil_scoped_release>(), arg("log_probs"),
+    module.def("drawn_loss", &spear::python_drawn_loss, py::call_guard<py::gil_scoped_release>(), arg("log_probs"),
                arg("old_log_probs"), arg("advantages"), arg("weights"), arg("keys"), arg("mask"), arg("tokens"),
-               arg("mode"), arg("low"), arg("high"), arg("dual"), arg("coef"), arg("ratio"), arg("bounds"),
-               arg("nearness"), arg("clip_bounds"), arg("gradient"), arg("selected"), arg("loss"), arg("sums"),
-               arg("threads"), arg("isa"),
+               arg("mode"), arg("low"), arg("high"), arg("coef"), arg("ratio"), arg("bounds"), arg("nearness"),
+               arg("clip_bounds"), arg("gradient"), arg("selected"), arg("loss"), arg("sums"), arg("threads"),
+               arg("isa"),
                "cov_select on the tokens of the mask and policy_loss in one call; writes the gradient and the selected "
                "tokens [tokens], the loss, and the sums [9]: those of policy_loss, candidates, tokens near a bound, "
                "selected tokens. Returns False where tokens tie at the border of the selection.");
+    module.attr("drawn_loss_address") = reinterpret_cast<uintptr_t>(&spear::widest_drawn_loss);
+    module.attr("drawn_loss_layout") = spear::kDrawnLayout;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,24 +12,32 @@ from torch import Tensor
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, TokenSet, judge_of, select_tokens
 from spear_megatron.algorithms.covariance_device import select_on_device
 from spear_megatron.kernels import cov_select_cuda
-from spear_megatron.kernels.cov_select import use_compiled
-from spear_megatron.kernels.drawn_loss_compiled import draw_and_differentiate, fits
+from spear_megatron.kernels.cov_select import NEAR_BOUND, use_compiled
+from spear_megatron.kernels.drawn_loss_compiled import Columns, draw_and_differentiate, fits
+from spear_megatron.kernels.extension import load_autograd
 from spear_megatron.kernels.policy_loss import PolicySums, attached, check_tokens, policy_loss
-from spear_megatron.kernels.policy_loss_compiled import NUM_SUMS, PolicySettings, PolicyTokens
+from spear_megatron.kernels.policy_loss_compiled import MODE_CODES, PolicySettings, PolicyTokens
 
 
-class Draw(NamedTuple):
-    """Tokens that the loss drew, on the device of the tokens.
+class DrawnSums(PolicySums):
+    """Sums of the loss and counts of its draw, fp64 [9]; the counts are those of a ``Selection``, fp64 scalars."""
 
-    Attributes:
-        selected: bool [T], False beside the mask.
-        num_candidates, num_near_bound, num_selected: as in ``Selection``, fp64 scalars.
-    """
+    __slots__ = ()
 
-    selected: Tensor
-    num_candidates: Tensor
-    num_near_bound: Tensor
-    num_selected: Tensor
+    @property
+    def num_candidates(self) -> Tensor:
+        """Tokens that could be drawn."""
+        return self.values[6]
+
+    @property
+    def num_near_bound(self) -> Tensor:
+        """Tokens within 1e-5 of lb or ub, which another rounding could move across; 0 for KL-Cov."""
+        return self.values[7]
+
+    @property
+    def num_selected(self) -> Tensor:
+        """Tokens that were drawn."""
+        return self.values[8]
 
 
 def drawn_policy_loss(
@@ -44,7 +53,7 @@ def drawn_policy_loss(
     clip_ratio_high: float,
     kl_cov_coef: float,
     implementation: str = "auto",
-) -> tuple[Tensor, PolicySums, Draw]:
+) -> tuple[Tensor, DrawnSums, Tensor]:
     """The policy loss of clip_cov or kl_cov, of which the tokens of the mask are the set that is drawn from.
 
     What :func:`spear_megatron.algorithms.covariance.select_tokens` chooses among the tokens of the mask, by their
@@ -58,56 +67,95 @@ def drawn_policy_loss(
         clip_ratio_low, clip_ratio_high, kl_cov_coef, implementation: as in ``policy_loss``.
 
     Returns:
-        The loss, differentiable in the log-probs; its sums; what was drawn.
+        The loss, differentiable in the log-probs; sums and counts; the tokens drawn, bool [T], False beside the mask.
 
     Raises:
         ValueError: shapes, dtypes, devices or names outside of what is described above, or equal keys.
         RunError: ``implementation="compiled"`` and a compiled kernel is missing or does not fit.
     """
-    mode = "kl_cov" if isinstance(rule, KlCovRule) else "clip_cov"
     columns = (log_probs, old_log_probs, advantages, token_weight, token_keys)
-    bounded = isinstance(rule, KlCovRule) or rule.quantiles is None
-    if bounded and not torch.compiler.is_compiling() and fits(columns, mask) and use_compiled(implementation):
-        settings = PolicySettings(mode, clip_ratio_low, clip_ratio_high, math.inf, kl_cov_coef)
-        found = draw_and_differentiate(columns, mask, settings, rule.ratio, judge_of(rule))
+    settings = _settings(rule, clip_ratio_low, clip_ratio_high, kl_cov_coef)
+    if log_probs.is_cpu and not torch.compiler.is_compiling() and use_compiled(implementation):
+        found = _in_one_call(columns, rule, mask, settings)
         if found is not None:
-            known, selected = found
-            numbers = known.sums.unbind()
-            return attached(log_probs, known), PolicySums._make(numbers[:NUM_SUMS]), Draw(selected, *numbers[NUM_SUMS:])
+            loss, sums, selected = found
+            return loss, DrawnSums(sums), selected
     check_tokens(PolicyTokens(log_probs, old_log_probs, advantages, token_weight, None, mask), token_keys)
-    draw = _draw(columns, rule, mask, implementation)
-    loss, sums = policy_loss(
+    counts, selected = _draw(columns, rule, mask, implementation)
+    loss, policy = policy_loss(
         log_probs,
         old_log_probs,
         advantages,
         token_weight,
-        mode=mode,
-        selected=draw.selected,
+        mode=settings.policy.mode,
+        selected=selected,
         mask=mask,
         clip_ratio_low=clip_ratio_low,
         clip_ratio_high=clip_ratio_high,
-        clip_ratio_c=math.inf,
+        clip_ratio_c=settings.policy.clip_ratio_c,
         kl_cov_coef=kl_cov_coef,
         implementation=implementation,
     )
-    return loss, sums, draw
+    return loss, DrawnSums(torch.cat([policy.values, counts])), selected
+
+
+class _Settings(NamedTuple):
+    """What the kernels take beside tensors; ``constants`` is None where the bounds are not known before they run."""
+
+    policy: PolicySettings
+    constants: tuple[float, ...] | None
+
+
+@functools.lru_cache(maxsize=64)
+def _settings(
+    rule: ClipCovRule | KlCovRule, clip_ratio_low: float, clip_ratio_high: float, kl_cov_coef: float
+) -> _Settings:
+    mode = "kl_cov" if isinstance(rule, KlCovRule) else "clip_cov"
+    policy = PolicySettings(mode, clip_ratio_low, clip_ratio_high, math.inf, kl_cov_coef)  # there is no dual clip
+    if isinstance(rule, ClipCovRule) and rule.quantiles is not None:
+        return _Settings(policy, None)
+    judge = judge_of(rule)
+    bounds = (judge.lb, judge.ub, NEAR_BOUND, *judge.log_bounds())
+    ratios = (1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
+    return _Settings(policy, (MODE_CODES[mode], *ratios, kl_cov_coef, rule.ratio, *bounds))
+
+
+def _in_one_call(
+    columns: Columns, rule: ClipCovRule | KlCovRule, mask: Tensor | None, settings: _Settings
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Loss, sums and selected tokens by the CPU kernel; None where it does not fit or tokens tie at the border."""
+    if settings.constants is None:
+        return None
+    module, _ = load_autograd()
+    if module is not None:
+        found: tuple[Tensor, Tensor, Tensor] | None = module.drawn_policy_loss(*columns, mask, *settings.constants)
+        return found
+    if not fits(columns, mask):
+        return None
+    drawn = draw_and_differentiate(columns, mask, settings.policy, rule.ratio, judge_of(rule))
+    if drawn is None:
+        return None
+    known, selected = drawn
+    return attached(columns[0], known), known.sums, selected
 
 
 def _draw(
-    columns: tuple[Tensor, ...], rule: ClipCovRule | KlCovRule, mask: Tensor | None, implementation: str
-) -> Draw:
+    columns: Columns, rule: ClipCovRule | KlCovRule, mask: Tensor | None, implementation: str
+) -> tuple[Tensor, Tensor]:
+    """Counts of the draw, fp64 [3], and the tokens drawn, bool [T]."""
     log_probs, old_log_probs, advantages, _, keys = columns
     tokens = TokenSet(log_probs.detach(), old_log_probs, advantages, keys)
     device = log_probs.device
     if cov_select_cuda.usable(device, implementation):
         there = select_on_device([tokens], rule, mask)
         numbers, selected = there.numbers, there.masks[0]
-        return Draw(selected, numbers.num_candidates, numbers.num_near_bound, selected.sum(dtype=torch.float64))
+        counts = [numbers.num_candidates, numbers.num_near_bound, selected.sum(dtype=torch.float64)]
+        return torch.stack(counts), selected
     used = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask
     places = used.nonzero().squeeze(1)
     own = TokenSet(*(value[places] for value in (tokens.log_probs, old_log_probs, advantages, keys)))
     drawn = select_tokens([own], rule, implementation=implementation)
     selected = torch.zeros_like(used)
     selected[places] = drawn.masks[0].to(device)
-    counts = (drawn.num_candidates, drawn.num_near_bound, drawn.num_selected)
-    return Draw(selected, *(torch.tensor(float(count), dtype=torch.float64) for count in counts))
+    found = [drawn.num_candidates, drawn.num_near_bound, drawn.num_selected]
+    return torch.tensor(found, dtype=torch.float64, device=device), selected

@@ -65,7 +65,6 @@ def draw_and_differentiate(
         MODE_CODES[settings.mode],
         1.0 - settings.clip_ratio_low,
         1.0 + settings.clip_ratio_high,
-        settings.clip_ratio_c,
         settings.kl_cov_coef,
         ratio,
         (judge.lb, judge.ub),

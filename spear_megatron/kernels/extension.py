@@ -19,12 +19,23 @@ def _load() -> tuple[ModuleType | None, str]:
     """The compiled module and "", or None and the reason why it cannot be used."""
     import torch  # noqa: F401  its OpenMP runtime must be the one that the kernels find
 
+    return _imported("spear_megatron._C", "the compiled kernels")
+
+
+def _imported(name: str, what: str) -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("spear_megatron._C"), ""
+        return importlib.import_module(name), ""
     except ModuleNotFoundError:
-        return None, f"the compiled kernels (spear_megatron._C) are not built; run `{BUILD_COMMAND}` in the repository"
+        return None, f"{what} ({name}) are not built; run `{BUILD_COMMAND}` in the repository"
     except ImportError as error:
-        return None, f"spear_megatron._C cannot be loaded ({error}); run `{BUILD_COMMAND}` in the repository"
+        return None, f"{name} cannot be loaded ({error}); run `{BUILD_COMMAND}` in the repository"
+
+
+@functools.cache
+def load_autograd() -> tuple[ModuleType | None, str]:
+    """The module spear_megatron._autograd and "", or None and why autograd functions in Python stand in for it."""
+    module, reason = _load()
+    return (None, reason) if module is None else _imported("spear_megatron._autograd", "the compiled autograd functions")
 
 
 def compiled_module() -> ModuleType:
@@ -52,7 +63,8 @@ def available() -> dict[str, Any]:
     Returns:
         ``compiled``: whether spear_megatron._C loads; ``reason``: why not, with the remedy, else ""; ``isa``: the
         instruction set of the compiled CPU kernels (generic, avx2, avx512) or None; ``cuda_reason``: why the CUDA
-        kernels do not load, with the remedy, else ""; and per operation a mapping from device type to "compiled" or
+        kernels do not load, with the remedy, else ""; ``autograd_reason``: why autograd functions are those in Python,
+        which compute the same with some more time per call, else ""; and per operation a mapping from device type to "compiled" or
         "eager". Without the CUDA kernels, ``cov_select`` copies tokens on CUDA to the CPU and works there, as it
         always does for a selection over several ranks.
     """
@@ -64,6 +76,7 @@ def available() -> dict[str, Any]:
         "reason": reason,
         "isa": None if module is None else module.isa(),
         "cuda_reason": cuda_reason,
+        "autograd_reason": load_autograd()[1],
         "token_logprobs": {"cpu": on_cpu, "cuda": "eager" if cuda_reason else "compiled"},
         "policy_loss": {"cpu": on_cpu, "cuda": "eager" if cuda_reason else "compiled"},
         "cov_select": {"cpu": on_cpu, "cuda": on_cpu if cuda_reason else "compiled"},

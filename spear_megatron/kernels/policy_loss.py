@@ -9,27 +9,50 @@ from torch import Tensor
 
 from spear_megatron.kernels.backends import IMPLEMENTATIONS
 from spear_megatron.kernels.checks import differentiable_once
+from spear_megatron.kernels.extension import load_autograd
 from spear_megatron.kernels.policy_loss_compiled import KnownLoss, PolicySettings, PolicyTokens
 from spear_megatron.kernels.policy_loss_ops import compiled_for, has_kernel, policy_loss_op
 from spear_megatron.kernels.policy_surrogates import check_mode, token_surrogate
 
 
 class PolicySums(NamedTuple):
-    """Sums over the tokens that take part, fp64 scalars on the device of the tokens, detached.
+    """Sums over the tokens that take part, detached, on the device of the tokens; the properties are fp64 scalars.
 
     Attributes:
-        loss: the loss before it is rounded to the dtype of the log-probs.
-        clipped, dual_clipped: numbers of tokens where PPO's clip and the dual clip are active.
-        log_ratio, ratio: sums of log pi / pi_old, limited to [-20, 20], and of its exponential.
-        max_ratio: largest ratio, 0 without tokens.
+        values: fp64 [6], the properties in their order; a subclass has more.
     """
 
-    loss: Tensor
-    clipped: Tensor
-    dual_clipped: Tensor
-    log_ratio: Tensor
-    ratio: Tensor
-    max_ratio: Tensor
+    values: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss before it is rounded to the dtype of the log-probs."""
+        return self.values[0]
+
+    @property
+    def clipped(self) -> Tensor:
+        """Number of tokens where PPO's clip is active."""
+        return self.values[1]
+
+    @property
+    def dual_clipped(self) -> Tensor:
+        """Number of tokens where the dual clip is active."""
+        return self.values[2]
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """Sum of log pi / pi_old, limited to [-20, 20]."""
+        return self.values[3]
+
+    @property
+    def ratio(self) -> Tensor:
+        """Sum of the ratios, exponentials of what ``log_ratio`` sums."""
+        return self.values[4]
+
+    @property
+    def max_ratio(self) -> Tensor:
+        """Largest ratio, 0 without tokens."""
+        return self.values[5]
 
 
 def policy_loss(
@@ -83,12 +106,12 @@ def policy_loss(
         if not has_kernel(log_probs.dtype, log_probs.device.type, implementation):
             return _eager(tokens, settings)
         loss, sums, _ = policy_loss_op(*tokens, *settings)
-        return loss, PolicySums(*sums.unbind())
+        return loss, PolicySums(sums)
     module = compiled_for(log_probs.dtype, log_probs.device.type, implementation)
     if module is None:
         return _eager(tokens, settings)
     known = module.loss_and_gradient(tokens, settings)
-    return attached(log_probs, known), PolicySums._make(known.sums.unbind())
+    return attached(log_probs, known), PolicySums(known.sums)
 
 
 def check_tokens(tokens: PolicyTokens, keys: Tensor | None = None) -> None:
@@ -115,12 +138,17 @@ def _check_settings(mode: str, selected: Tensor | None, implementation: str) -> 
 
 def attached(log_probs: Tensor, known: KnownLoss) -> Tensor:
     """The loss, as a function of the log-probs that can be differentiated once."""
-    loss: Tensor = _KnownGradient.apply(log_probs, known)
+    module, _ = load_autograd()
+    loss: Tensor
+    if module is None:
+        loss = _KnownGradient.apply(log_probs, known)
+    else:
+        loss = module.attached(log_probs, known.loss, known.gradient)
     return loss
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A loss of which the gradient is known; the backward pass multiplies it by that of the loss."""
+    """What csrc/autograd/known_gradient.h does, where it is not compiled."""
 
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, known: KnownLoss) -> Tensor:
@@ -156,4 +184,5 @@ def _eager(tokens: PolicyTokens, settings: PolicySettings) -> tuple[Tensor, Poli
     ratio = policy.log_ratio.double().exp()
     summed = [value.sum(dtype=torch.float64) for value in (policy.clipped, policy.dual_clipped, policy.log_ratio)]
     largest = ratio.max() if len(ratio) else torch.zeros_like(loss)
-    return loss.to(tokens.log_probs.dtype), PolicySums._make([loss.detach(), *summed, ratio.sum(), largest.detach()])
+    sums = torch.stack([loss.detach(), *summed, ratio.sum(), largest.detach()])
+    return loss.to(tokens.log_probs.dtype), PolicySums(sums.detach())

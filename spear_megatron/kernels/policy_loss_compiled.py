@@ -18,7 +18,7 @@ class KnownLoss(NamedTuple):
 
     Attributes:
         loss: fp32 scalar, -sum token_weight * surrogate.
-        sums: fp64 [6], the fields of ``PolicySums`` in their order; of a drawn loss [9], with the counts of the draw.
+        sums: fp64 [6], those of ``PolicySums``; of a drawn loss [9], with the counts of the draw.
         gradient: of the loss by the log-probs, fp32 [T], 0 beside the mask.
     """
 

@@ -139,11 +139,14 @@ def _surrogate_loss(
     }
     columns = (log_probs, old_log_probs, batch.advantages, weight)
     if rule.draw is not None:
-        loss, policy, draw = drawn_policy_loss(
+        loss, drawn, _ = drawn_policy_loss(
             *columns, batch.token_keys, rule.draw, mask=mask, **constants, implementation=rule.implementation
         )
-        counts = {"candidates": draw.num_candidates, "near_bound": draw.num_near_bound, "selected": draw.num_selected}
-        return loss, policy, {f"{prefix}{name}": count for name, count in counts.items()}
+        return loss, drawn, {
+            f"{prefix}candidates": drawn.num_candidates,
+            f"{prefix}near_bound": drawn.num_near_bound,
+            f"{prefix}selected": drawn.num_selected,
+        }
     loss, policy = policy_loss(
         *columns,
         mode=rule.mode,

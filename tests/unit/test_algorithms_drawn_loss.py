@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from spear_megatron import _autograd as _autograd_module
 from spear_megatron import _C
 from spear_megatron.algorithms import drawn_loss
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, Selection, TokenSet, judge_of, select_tokens
-from spear_megatron.algorithms.drawn_loss import Draw, drawn_policy_loss
-from spear_megatron.kernels import drawn_loss_compiled
+from spear_megatron.algorithms.drawn_loss import DrawnSums, drawn_policy_loss
+from spear_megatron.kernels import drawn_loss_compiled, extension
+from spear_megatron.kernels import policy_loss as kernels_policy_loss
 from spear_megatron.kernels.cov_select import token_keys
 from spear_megatron.kernels.drawn_loss_compiled import draw_and_differentiate
 from spear_megatron.kernels.policy_loss import PolicySums, policy_loss
@@ -57,14 +59,21 @@ class Tokens(dict[str, Any]):
         return tuple(value for name, value in self.items() if name != "mask")
 
 
-def run(tokens: Tokens, rule: Any, implementation: str = "auto") -> tuple[torch.Tensor, torch.Tensor, PolicySums, Draw]:
-    """(loss, gradient, sums, draw)."""
+def run(
+    tokens: Tokens, rule: Any, implementation: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor, DrawnSums, torch.Tensor]:
+    """(loss, gradient, sums, selected)."""
     live = tokens["log_probs"].clone().requires_grad_()
-    loss, sums, draw = drawn_policy_loss(
+    loss, sums, selected = drawn_policy_loss(
         **(tokens | {"log_probs": live}), rule=rule, **CLIPS, implementation=implementation
     )
     loss.backward()
-    return loss.detach(), live.grad, sums, draw
+    return loss.detach(), live.grad, sums, selected
+
+
+def counts(sums: DrawnSums) -> tuple[float, float, float]:
+    assert sums.values.shape == (9,) and sums.values.dtype == torch.float64 and not sums.values.requires_grad
+    return sums.num_candidates.item(), sums.num_near_bound.item(), sums.num_selected.item()
 
 
 def in_two_steps(
@@ -85,6 +94,16 @@ def in_two_steps(
     return loss.detach(), live.grad, sums, selection, selected
 
 
+@pytest.fixture(params=["compiled autograd", "autograd in python"], autouse=True)
+def _autograd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds with and without spear_megatron._autograd."""
+    if request.param == "compiled autograd":
+        assert extension.load_autograd() == (_autograd_module, "")
+        return
+    for module in (drawn_loss, kernels_policy_loss):
+        monkeypatch.setattr(module, "load_autograd", lambda: (None, "not built"))
+
+
 @pytest.fixture
 def _one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -99,14 +118,13 @@ def _one_call(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_one_call")
 def test_one_call_does_what_two_do(name: str, masked: bool, count: int) -> None:
     tokens, rule = Tokens(count, count + 3, masked), RULES[name]
-    loss, gradient, sums, draw = run(tokens, rule, "compiled")
-    expected, expected_gradient, expected_sums, selection, selected = in_two_steps(tokens, rule, "compiled")
-    assert torch.equal(draw.selected, selected)
+    loss, gradient, sums, selected = run(tokens, rule, "compiled")
+    expected, expected_gradient, expected_sums, selection, chosen = in_two_steps(tokens, rule, "compiled")
+    assert torch.equal(selected, chosen)
     assert torch.equal(gradient, expected_gradient)  # bit for bit
     assert torch.equal(loss, expected) and loss.dtype == torch.float32
-    assert torch.equal(torch.stack(sums), torch.stack(expected_sums))
-    numbers = (selection.num_candidates, selection.num_near_bound, selection.num_selected)
-    assert tuple(float(value) for value in draw[1:]) == numbers
+    assert torch.equal(sums.values[:6], expected_sums.values)
+    assert counts(sums) == (selection.num_candidates, selection.num_near_bound, selection.num_selected)
     if count == 20_000:
         share = int(rule.ratio * int(tokens.used.sum()))
         assert selection.num_selected == (selection.num_candidates if rule.ratio == 1 else share)
@@ -116,12 +134,12 @@ def test_one_call_does_what_two_do(name: str, masked: bool, count: int) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_plain_torch_gives_the_same(name: str, masked: bool) -> None:
     tokens, rule = Tokens(5000, 11, masked), RULES[name]
-    loss, gradient, sums, draw = run(tokens, rule, "eager")
-    other, other_gradient, other_sums, other_draw = run(tokens, rule)
-    assert torch.equal(draw.selected, other_draw.selected) and draw[1:] == other_draw[1:]
+    loss, gradient, sums, selected = run(tokens, rule, "eager")
+    other, other_gradient, other_sums, other_selected = run(tokens, rule)
+    assert torch.equal(selected, other_selected) and counts(sums) == counts(other_sums)
     torch.testing.assert_close(other, loss, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(other_gradient, gradient, rtol=2e-6, atol=1e-10)
-    torch.testing.assert_close(torch.stack(other_sums), torch.stack(sums), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(other_sums.values, sums.values, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
@@ -155,9 +173,9 @@ def test_what_stands_between_the_tokens_has_no_effect(name: str) -> None:
     used = tokens.used
     packed = Tokens(0, 1, False)
     packed |= {key: value[used] for key, value in tokens.items() if key != "mask"}
-    _, gradient, _, draw = run(tokens, rule)
-    _, packed_gradient, _, packed_draw = run(packed, rule)
-    assert torch.equal(draw.selected[used], packed_draw.selected) and not draw.selected[~used].any()
+    _, gradient, _, selected = run(tokens, rule)
+    _, packed_gradient, _, packed_selected = run(packed, rule)
+    assert torch.equal(selected[used], packed_selected) and not selected[~used].any()
     assert torch.equal(gradient[used], packed_gradient) and not gradient[~used].any()
 
 
@@ -167,9 +185,9 @@ def test_equal_tokens_at_the_border_are_decided_as_in_a_selection(rule: Any) -> 
     for name in ("log_probs", "old_log_probs", "advantages"):
         tokens[name] = tokens[name][:2].repeat(20)
     tokens["token_keys"] = torch.arange(40) if isinstance(rule, KlCovRule) else torch.arange(40) // 20
-    _, gradient, _, draw = run(tokens, rule)
-    _, expected, _, _, selected = in_two_steps(tokens, rule, "compiled")
-    assert torch.equal(draw.selected, selected) and int(selected.sum()) == 12 and torch.equal(gradient, expected)
+    _, gradient, _, selected = run(tokens, rule)
+    _, expected, _, _, chosen = in_two_steps(tokens, rule, "compiled")
+    assert torch.equal(selected, chosen) and int(chosen.sum()) == 12 and torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
@@ -177,8 +195,8 @@ def test_equal_tokens_at_the_border_are_decided_as_in_a_selection(rule: Any) -> 
 def test_a_broken_log_prob_is_in_the_loss(name: str, value: float) -> None:
     tokens = Tokens(3000, 4, False)
     tokens["log_probs"][1234] = value
-    loss, _, _, draw = run(tokens, RULES[name])
-    assert loss.isnan() and not draw.selected.any() and draw.num_selected == 0
+    loss, _, sums, selected = run(tokens, RULES[name])
+    assert loss.isnan() and not selected.any() and sums.num_selected == 0
 
 
 @pytest.mark.usefixtures("_one_call")
@@ -201,13 +219,14 @@ def test_columns_of_any_stride_and_dtype() -> None:
     for name, value in tokens.items():
         wide[name] = torch.stack([value, value], dim=1)[:, 0]
         assert not wide[name].is_contiguous()
-    loss, gradient, _, draw = run(tokens, CLIP)
-    other, other_gradient, _, other_draw = run(wide, CLIP)
+    loss, gradient, _, selected = run(tokens, CLIP)
+    other, other_gradient, _, other_selected = run(wide, CLIP)
     assert torch.equal(loss, other) and torch.equal(gradient, other_gradient)
-    assert torch.equal(draw.selected, other_draw.selected)
+    assert torch.equal(selected, other_selected)
     double = Tokens(500, 6, True)
     for name in ("log_probs", "old_log_probs", "advantages", "token_weight"):
         double[name] = double[name].double()
+    extension.warn_slow_path.cache_clear()
     with pytest.warns(RuntimeWarning, match="policy_loss for torch.float64"):
         exact = run(double, CLIP)[0]
     assert exact.dtype == torch.float64
@@ -237,4 +256,4 @@ def test_without_the_compiled_module_the_steps_are_taken(monkeypatch: pytest.Mon
     monkeypatch.setattr(drawn_loss_compiled, "compiled_module", lambda: pytest.fail("the kernel is called"))
     found = run(tokens, CLIP, "eager")
     torch.testing.assert_close(found[0], expected[0])
-    assert torch.equal(found[3].selected, expected[3].selected)
+    assert torch.equal(found[3], expected[3])

@@ -11,19 +11,25 @@ import torch
 
 from spear_megatron import _C
 from spear_megatron.kernels import available, backends, extension, logprobs_compiled, logprobs_eager, token_logprobs
+from spear_megatron.kernels.policy_loss import policy_loss
 from spear_megatron.kernels.softmax_stats import VocabShard
+
+CLIPS = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 3.0, "kl_cov_coef": 1.0}
+
+
+CACHES = (extension._load, extension.load_autograd, extension.warn_slow_path)
 
 
 @pytest.fixture
-def missing_extension(monkeypatch: pytest.MonkeyPatch):
-    """The compiled module as if it had never been built."""
-    monkeypatch.setitem(sys.modules, "spear_megatron._C", None)
-    extension._load.cache_clear()
-    extension.warn_slow_path.cache_clear()
+def _missing_extension(monkeypatch: pytest.MonkeyPatch, name: str):
+    """A compiled module as if it had never been built."""
+    monkeypatch.setitem(sys.modules, f"spear_megatron.{name}", None)
+    for function in CACHES:
+        function.cache_clear()
     yield
     monkeypatch.undo()
-    extension._load.cache_clear()
-    extension.warn_slow_path.cache_clear()
+    for function in CACHES:
+        function.cache_clear()
 
 
 def test_auto_takes_the_compiled_kernel_where_it_fits() -> None:
@@ -49,8 +55,11 @@ def test_other_dtypes_warn_once_and_compiled_refuses_them() -> None:
         token_logprobs(logits, targets, implementation="compiled")
 
 
-def test_a_missing_extension_names_the_build_command(missing_extension: None) -> None:
+@pytest.mark.parametrize("name", ["_C"])
+@pytest.mark.usefixtures("_missing_extension")
+def test_a_missing_extension_names_the_build_command() -> None:
     report = available()
+    assert report["autograd_reason"] == report["reason"]  # its functions are those of the kernels
     assert not report["compiled"] and report["isa"] is None and report["token_logprobs"]["cpu"] == "eager"
     assert extension.BUILD_COMMAND in report["reason"]
     logits, targets = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
@@ -58,6 +67,32 @@ def test_a_missing_extension_names_the_build_command(missing_extension: None) ->
         token_logprobs(logits, targets)
     with pytest.raises(RuntimeError, match="pip install"):
         token_logprobs(logits, targets, implementation="compiled")
+
+
+@pytest.mark.parametrize("name", ["_autograd"])
+@pytest.mark.usefixtures("_missing_extension")
+def test_without_compiled_autograd_functions_those_in_python_serve() -> None:
+    report = available()
+    assert report["compiled"] and extension.BUILD_COMMAND in report["autograd_reason"]
+    columns = [torch.ones(4, requires_grad=True), *[torch.ones(4)] * 3]
+    loss, _ = policy_loss(*columns, mode="gpg", **CLIPS, implementation="compiled")
+    assert loss == -4 and loss.grad_fn.name() == "_KnownGradientBackward"
+
+
+def test_compiled_autograd_functions_are_taken() -> None:
+    assert available()["autograd_reason"] == ""
+    columns = [torch.ones(4, requires_grad=True), *[torch.ones(4)] * 3]
+    loss, _ = policy_loss(*columns, mode="gpg", **CLIPS, implementation="compiled")
+    assert loss == -4 and "CppNode<spear::KnownGradient>" in loss.grad_fn.name()
+
+
+def test_extensions_of_different_builds_do_not_meet() -> None:
+    code = (
+        "import torch\nfrom spear_megatron import _C\n_C.drawn_loss_layout += 1\n"
+        "from spear_megatron.kernels import available\nprint(available()['autograd_reason'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "different builds" in done.stdout and extension.BUILD_COMMAND in done.stdout, done.stderr
 
 
 def test_unknown_instruction_sets_are_refused() -> None:
