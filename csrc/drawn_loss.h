@@ -40,7 +40,7 @@ struct DrawnResults {
 bool drawn_loss(const DrawnColumns& columns, const DrawnSettings& settings, const DrawnResults& results, int threads,
                 Isa isa);
 
-// With the widest instruction set. Another module calls it by address: it must have been compiled with the same structs.
+// With the widest instruction set. Another module calls it by address: it must have been compiled with these structs.
 bool widest_drawn_loss(const DrawnColumns& columns, const DrawnSettings& settings, const DrawnResults& results,
                        int threads);
 

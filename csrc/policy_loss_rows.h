@@ -84,8 +84,8 @@ PolicyTotals policy_block(const PolicyInputs& columns, int64_t start, int64_t st
     const PolicyRule<Float> rule = {broadcast(settings.low), broadcast(settings.high), broadcast(settings.dual),
                                     broadcast(settings.coef)};
     PolicyLanes lanes;
-    // An exponential is one long chain of operations, and a processor overlaps those of the tokens that its window holds:
-    // of many tokens where nothing else is done to them, of few where all is.
+    // An exponential is one long chain of operations, and a processor overlaps the chains of those tokens that its
+    // window holds: many where nothing else is done to them, few where all is.
     float log_ratios[kChunk], ratios[kChunk];
     int64_t i = start;
     for (int64_t size = kChunk; size == kChunk; i += size) {

@@ -46,8 +46,8 @@ def draw_and_differentiate(
         isa: "auto", or a particular instruction set (generic, avx2, avx512).
 
     Returns:
-        Loss, sums (fp64 [9]: those of the policy loss, then candidates, tokens near a bound, selected tokens), gradient,
-        and the selected tokens, bool [T]. None where tokens tie at the border of the selection.
+        Loss, sums (fp64 [9]: those of the policy loss, then candidates, tokens near a bound, selected tokens),
+        gradient, and the selected tokens, bool [T]. None where tokens tie at the border of the selection.
     """
     log_probs, old_log_probs, advantages, token_weight, keys = columns
     tokens = len(keys)

@@ -35,7 +35,9 @@ def _imported(name: str, what: str) -> tuple[ModuleType | None, str]:
 def load_autograd() -> tuple[ModuleType | None, str]:
     """The module spear_megatron._autograd and "", or None and why autograd functions in Python stand in for it."""
     module, reason = _load()
-    return (None, reason) if module is None else _imported("spear_megatron._autograd", "the compiled autograd functions")
+    if module is None:
+        return None, reason
+    return _imported("spear_megatron._autograd", "the compiled autograd functions")
 
 
 def compiled_module() -> ModuleType:
@@ -64,9 +66,9 @@ def available() -> dict[str, Any]:
         ``compiled``: whether spear_megatron._C loads; ``reason``: why not, with the remedy, else ""; ``isa``: the
         instruction set of the compiled CPU kernels (generic, avx2, avx512) or None; ``cuda_reason``: why the CUDA
         kernels do not load, with the remedy, else ""; ``autograd_reason``: why autograd functions are those in Python,
-        which compute the same with some more time per call, else ""; and per operation a mapping from device type to "compiled" or
-        "eager". Without the CUDA kernels, ``cov_select`` copies tokens on CUDA to the CPU and works there, as it
-        always does for a selection over several ranks.
+        which compute the same with some more time per call, else ""; and per operation a mapping from device type to
+        "compiled" or "eager". Without the CUDA kernels, ``cov_select`` copies tokens on CUDA to the CPU and works
+        there, as it always does for a selection over several ranks.
     """
     module, reason = _load()
     on_cpu = "eager" if module is None else "compiled"
