@@ -1,5 +1,6 @@
 """Build and install spear_megatron with its compiled kernels (csrc/)."""
 
+import hashlib
 import os
 import sys
 from importlib.util import find_spec
@@ -44,6 +45,11 @@ class BuildKernels(build_ext):
             ) from error
 
 
+def digest_of_headers() -> str:
+    """Tells builds of csrc/*.h apart: extensions that share structs compare it."""
+    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in sources("*.h"))).hexdigest()[:16]
+
+
 def compile_cuda(library: Path) -> None:
     """Compile csrc/cuda/ where nvcc is there; SPEAR_CUDA=0 skips it, SPEAR_CUDA=1 requires it."""
     wish = os.environ.get("SPEAR_CUDA", "")
@@ -64,12 +70,15 @@ def compile_cuda(library: Path) -> None:
         print(f"CUDA kernels are not compiled: {error}")
 
 
+HEADERS = [("SPEAR_HEADERS", f'"{digest_of_headers()}"')]
+
 # No -march: the kernels are compiled for several instruction sets and choose at run time (csrc/foreach_isa.h).
 kernels = Pybind11Extension(
     "spear_megatron._C",
     sources("*.cpp"),
     depends=sources("*.h"),
     include_dirs=["csrc"],
+    define_macros=HEADERS,
     cxx_std=17,
     extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"],
     extra_link_args=["-fopenmp"],
@@ -91,7 +100,9 @@ def autograd_extensions() -> list[Extension]:
         Extension(
             "spear_megatron._autograd",
             sources("autograd/*.cpp"),
-            depends=sources("*.h") + sources("autograd/*.h"),
+            # Another torch is another build.
+            depends=sources("*.h") + sources("autograd/*.h") + [str(torch / "version.py")],
+            define_macros=HEADERS,
             library_dirs=[str(torch / "lib")],
             libraries=["c10", "torch_cpu", "torch_python"],
             extra_compile_args=["-O2", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"]

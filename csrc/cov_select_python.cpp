@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "address.h"
 #include "cov_math.h"
 #include "cov_select.h"
 #include "isa.h"
@@ -20,11 +21,6 @@ namespace spear {
 namespace {
 
 using Bounds = std::array<double, 2>;
-
-template <typename Element>
-Element* pointer(uintptr_t address) {
-    return reinterpret_cast<Element*>(address);
-}
 
 CovInputs cov_inputs(uintptr_t log_probs, uintptr_t old_log_probs, uintptr_t advantages) {
     return {pointer<const float>(log_probs), pointer<const float>(old_log_probs), pointer<const float>(advantages)};

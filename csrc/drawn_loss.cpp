@@ -7,10 +7,10 @@
 #include <array>
 #include <cstring>
 #include <memory>
-#include <numeric>
 #include <stdexcept>
 #include <vector>
 
+#include "address.h"
 #include "cov_math.h"
 
 namespace py = pybind11;
@@ -25,7 +25,7 @@ public:
         : inputs_(inputs), mask_(mask) {
         for (int64_t start = 0; start < count; start += kBlock) {
             starts_.push_back(used_);
-            used_ = std::accumulate(mask + start, mask + std::min(start + kBlock, count), used_);
+            used_ += std::count_if(mask + start, mask + std::min(start + kBlock, count), is_used);
         }
         values_.reset(new float[3 * static_cast<size_t>(used_)]);
         places_.reset(new int32_t[static_cast<size_t>(used_)]);
@@ -49,13 +49,15 @@ public:
                 column(1)[next] = inputs_.old_log_probs[place];
                 column(2)[next] = inputs_.advantages[place];
                 places_[static_cast<size_t>(next)] = static_cast<int32_t>(place);
-                next += mask_[place];
+                next += is_used(mask_[place]);
             }
         }
     }
 
 private:
     static constexpr int64_t kBlock = CovSelection::kBlockTokens;
+
+    static bool is_used(uint8_t byte) { return byte != 0; }  // a view of bytes as booleans may hold others than 1
 
     float* column(int64_t index) const { return values_.get() + index * used_; }
 
@@ -121,11 +123,6 @@ namespace {
 
 using Bounds = std::array<double, 2>;
 
-template <typename Element>
-Element* pointer(uintptr_t address) {
-    return reinterpret_cast<Element*>(address);
-}
-
 bool python_drawn_loss(uintptr_t log_probs, uintptr_t old_log_probs, uintptr_t advantages, uintptr_t weights,
                        uintptr_t keys, uintptr_t mask, int64_t tokens, int mode, double low, double high, double coef,
                        double ratio, const Bounds& bounds, double nearness, const Bounds& clip_bounds,
@@ -157,5 +154,5 @@ void register_drawn_loss(py::module_& module) {
                "tokens [tokens], the loss, and the sums [9]: those of policy_loss, candidates, tokens near a bound, "
                "selected tokens. Returns False where tokens tie at the border of the selection.");
     module.attr("drawn_loss_address") = reinterpret_cast<uintptr_t>(&spear::widest_drawn_loss);
-    module.attr("drawn_loss_layout") = spear::kDrawnLayout;
+    module.attr("headers") = SPEAR_HEADERS;
 }

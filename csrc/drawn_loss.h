@@ -45,6 +45,10 @@ bool widest_drawn_loss(const DrawnColumns& columns, const DrawnSettings& setting
                        int threads);
 
 using DrawnLoss = decltype(&widest_drawn_loss);
-constexpr int64_t kDrawnLayout = sizeof(DrawnColumns) << 16 | sizeof(DrawnSettings) << 8 | sizeof(DrawnResults);
+
+// What setup.py makes of the headers: modules of different values must not meet.
+#ifndef SPEAR_HEADERS
+#define SPEAR_HEADERS ""
+#endif
 
 }  // namespace spear

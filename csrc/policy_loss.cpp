@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #endif
 
+#include "address.h"
 #include "dtype.h"
 
 namespace py = pybind11;
@@ -25,11 +26,6 @@ PolicyBlock block_kernel(int mode, bool masked, Isa isa) {
     if (isa == Isa::avx2) return avx2::policy_block_for(mode, masked);
 #endif
     return generic::policy_block_for(mode, masked);
-}
-
-template <typename Element>
-Element* pointer(uintptr_t address) {
-    return reinterpret_cast<Element*>(address);
 }
 
 }  // namespace

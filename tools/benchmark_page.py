@@ -19,10 +19,10 @@ HEAD = """# Benchmarks of the kernels
 
 Written by `tools/benchmark_page.py` from `docs/benchmarks.json`; `make bench-kernels` measures anew. Every contender is
 called once per round, so that a disturbance hits all of them alike; a ratio is the median over the rounds of
-(contender / kernel) within one round: above 1 the kernel is faster. The allocator keeps freed memory, so that no
-contender pays page faults. There is a part for every instruction set, measured on a machine that has no wider one, and
-what is compared is what stands in one part. On a CUDA device `make gpu-check` measures the CUDA kernels; no figure of
-one is here yet.
+(contender / kernel) within one round: above 1 the kernel is faster; Clip-Cov's table says how many times as fast as the
+official formulation a contender is. The allocator keeps freed memory, so that no contender pays page faults. There is a
+part for every instruction set, measured on a machine that has no wider one, and what is compared is what stands in one
+part. On a CUDA device `make gpu-check` measures the CUDA kernels; no figure of one is here yet.
 """
 
 

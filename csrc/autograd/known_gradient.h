@@ -27,7 +27,8 @@ public:
         const at::Tensor gradient = context->get_saved_variables()[0];
         const at::Tensor& outer = gradients[0];
         // The loss itself was differentiated.
-        const bool whole = outer.is_cpu() && outer.scalar_type() == at::kFloat && *outer.const_data_ptr<float>() == 1;
+        const bool readable = outer.is_cpu() && outer.scalar_type() == at::kFloat && !outer._is_zerotensor();
+        const bool whole = readable && *outer.const_data_ptr<float>() == 1;
         return {whole ? gradient : gradient.mul(outer), at::Tensor()};
     }
 };

@@ -3,8 +3,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../drawn_loss.h"
@@ -62,7 +64,7 @@ at::Tensor attached_loss(const at::Tensor& input, const at::Tensor& loss, const 
 
 void load_kernels() {
     const py::module_ module = py::module_::import("spear_megatron._C");
-    if (module.attr("drawn_loss_layout").cast<int64_t>() != kDrawnLayout) {
+    if (module.attr("headers").cast<std::string>() != SPEAR_HEADERS) {
         throw py::import_error("spear_megatron._C and spear_megatron._autograd are of different builds");
     }
     drawn_loss_kernel = reinterpret_cast<DrawnLoss>(module.attr("drawn_loss_address").cast<uintptr_t>());
@@ -75,6 +77,7 @@ PYBIND11_MODULE(_autograd, module) {
     using py::arg;
     using Guard = py::call_guard<py::gil_scoped_release>;
     module.doc() = "Kernels of spear_megatron that autograd differentiates; use them through spear_megatron.kernels.";
+    module.attr("torch_version") = TORCH_VERSION;
     spear::load_kernels();
     module.def("drawn_policy_loss", &spear::drawn_policy_loss, Guard(), arg("log_probs"), arg("old_log_probs"),
                arg("advantages"), arg("token_weight"), arg("token_keys"), arg("mask"), arg("mode"), arg("low"),

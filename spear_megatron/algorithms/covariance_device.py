@@ -14,8 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, TokenSet
-from spear_megatron.kernels.cov_select import CovJudge
+from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, TokenSet, judge_of
 from spear_megatron.kernels.cov_select_cuda import CovColumns, CovNumbers, choose, means, pack
 
 
@@ -47,9 +46,7 @@ def select_on_device(
         if len(rows) != 1 or mask.shape != columns.keys.shape:
             raise ValueError("A mask needs a single row of its own length; select among several rows without one.")
         columns = pack(columns, mask)
-    judge = CovJudge(0.0, 0.0)
-    if isinstance(rule, ClipCovRule):
-        judge = CovJudge(0.0, 0.0, rule.lb, rule.ub, rule.clip_ratio_low, rule.clip_ratio_high)
+    judge = judge_of(rule)
     numbers = means(columns, judge.lb, judge.ub)
     if isinstance(rule, ClipCovRule) and rule.quantiles is not None:
         numbers[3:5] = _quantiles(columns, numbers, rule.quantiles)

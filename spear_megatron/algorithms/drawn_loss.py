@@ -58,7 +58,8 @@ def drawn_policy_loss(
 
     What :func:`spear_megatron.algorithms.covariance.select_tokens` chooses among the tokens of the mask, by their
     current log-probs, and then :func:`spear_megatron.kernels.policy_loss.policy_loss`, as released code does for every
-    micro-batch. On the CPU both are one call of a compiled kernel; on CUDA nothing waits for the device.
+    micro-batch. On the CPU both are one call of a compiled kernel; with the CUDA kernels nothing waits for the device.
+    Under torch.compile the draw on the CPU is outside of the graph.
 
     Args:
         log_probs, old_log_probs, advantages, token_weight, mask: as in ``policy_loss``.
@@ -70,18 +71,20 @@ def drawn_policy_loss(
         The loss, differentiable in the log-probs; sums and counts; the tokens drawn, bool [T], False beside the mask.
 
     Raises:
-        ValueError: shapes, dtypes, devices or names outside of what is described above, or equal keys.
+        ValueError: shapes, dtypes, devices or names outside of what is described above.
         RunError: ``implementation="compiled"`` and a compiled kernel is missing or does not fit.
     """
     columns = (log_probs, old_log_probs, advantages, token_weight, token_keys)
     settings = _settings(rule, clip_ratio_low, clip_ratio_high, kl_cov_coef)
-    if log_probs.is_cpu and not torch.compiler.is_compiling() and use_compiled(implementation):
+    on_device = cov_select_cuda.usable(log_probs.device, implementation)
+    if not on_device and not torch.compiler.is_compiling() and use_compiled(implementation):
         found = _in_one_call(columns, rule, mask, settings)
         if found is not None:
             loss, sums, selected = found
             return loss, DrawnSums(sums), selected
     check_tokens(PolicyTokens(log_probs, old_log_probs, advantages, token_weight, None, mask), token_keys)
-    counts, selected = _draw(columns, rule, mask, implementation)
+    draw = _draw_there if on_device else _draw_here
+    counts, selected = draw(columns, rule, mask, implementation)
     loss, policy = policy_loss(
         log_probs,
         old_log_probs,
@@ -139,23 +142,26 @@ def _in_one_call(
     return attached(columns[0], known), known.sums, selected
 
 
-def _draw(
+def _draw_there(
     columns: Columns, rule: ClipCovRule | KlCovRule, mask: Tensor | None, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """Counts of the draw, fp64 [3], and the tokens drawn, bool [T]."""
+    """Counts of the draw, fp64 [3], and the tokens drawn, bool [T]; on the device and without waiting for it."""
     log_probs, old_log_probs, advantages, _, keys = columns
-    tokens = TokenSet(log_probs.detach(), old_log_probs, advantages, keys)
-    device = log_probs.device
-    if cov_select_cuda.usable(device, implementation):
-        there = select_on_device([tokens], rule, mask)
-        numbers, selected = there.numbers, there.masks[0]
-        counts = [numbers.num_candidates, numbers.num_near_bound, selected.sum(dtype=torch.float64)]
-        return torch.stack(counts), selected
+    found = select_on_device([TokenSet(log_probs.detach(), old_log_probs, advantages, keys)], rule, mask)
+    numbers = found.numbers
+    return torch.stack([numbers.num_candidates, numbers.num_near_bound, numbers.num_selected]), found.masks[0]
+
+
+def _draw_here(
+    columns: Columns, rule: ClipCovRule | KlCovRule, mask: Tensor | None, implementation: str
+) -> tuple[Tensor, Tensor]:
+    """The same by ``select_tokens``."""
+    log_probs, old_log_probs, advantages, _, keys = columns
     used = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask
     places = used.nonzero().squeeze(1)
-    own = TokenSet(*(value[places] for value in (tokens.log_probs, old_log_probs, advantages, keys)))
+    own = TokenSet(*(value[places] for value in (log_probs.detach(), old_log_probs, advantages, keys)))
     drawn = select_tokens([own], rule, implementation=implementation)
     selected = torch.zeros_like(used)
-    selected[places] = drawn.masks[0].to(device)
+    selected[places] = drawn.masks[0].to(selected.device)
     found = [drawn.num_candidates, drawn.num_near_bound, drawn.num_selected]
-    return torch.tensor(found, dtype=torch.float64, device=device), selected
+    return torch.tensor(found, dtype=torch.float64, device=selected.device), selected

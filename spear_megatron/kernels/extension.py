@@ -37,7 +37,19 @@ def load_autograd() -> tuple[ModuleType | None, str]:
     module, reason = _load()
     if module is None:
         return None, reason
-    return _imported("spear_megatron._autograd", "the compiled autograd functions")
+    module, reason = _imported("spear_megatron._autograd", "the compiled autograd functions")
+    if module is None:
+        return None, reason
+    return _of_this_torch(module)
+
+
+def _of_this_torch(module: ModuleType) -> tuple[ModuleType | None, str]:
+    import torch
+
+    if module.torch_version == torch.__version__.split("+")[0]:
+        return module, ""
+    built = f"spear_megatron._autograd was compiled for torch {module.torch_version}, not {torch.__version__}"
+    return None, f"{built}; run `{BUILD_COMMAND}` in the repository"
 
 
 def compiled_module() -> ModuleType:

@@ -27,7 +27,8 @@ class SurrogateRule:
     Attributes:
         mode: vanilla, clip_cov, kl_cov or gpg.
         clip_ratio_low, clip_ratio_high, clip_ratio_c, kl_cov_coef: see :func:`policy_loss`.
-        draw: covariance selection inside the loss, per micro-batch and rank; None takes ``MicroBatch.selected``.
+        draw: covariance selection inside the loss, per micro-batch and rank, of which the type is then the mode; None
+            takes ``MicroBatch.selected``.
         implementation: of the loss and of the selection: auto, compiled or eager.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, TokenSet, select_tokens
 from spear_megatron.algorithms.covariance_device import DeviceSelection, select_on_device
+from spear_megatron.algorithms.drawn_loss import drawn_policy_loss
 from spear_megatron.kernels import available, policy_loss_compiled, policy_loss_cuda
 from spear_megatron.kernels.cov_select import token_keys
 from spear_megatron.kernels.policy_loss import policy_loss
@@ -130,6 +132,9 @@ def test_a_mask_is_a_shorter_row(rule: ClipCovRule | KlCovRule, device: torch.de
     assert found.numbers.num_selected == expected.num_selected
 
 
+Step = Callable[[Tensor, PolicyTokens, TokenSet, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
 def whole_step(leaf: Tensor, tokens: PolicyTokens, row: TokenSet, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Selection and loss of a micro-batch: loss, gradient, chosen tokens."""
     selection: DeviceSelection = select_on_device([replace(row, log_probs=leaf.detach())], CLIP, mask)
@@ -138,6 +143,17 @@ def whole_step(leaf: Tensor, tokens: PolicyTokens, row: TokenSet, mask: Tensor) 
     )
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient, selection.masks[0]
+
+
+def drawn_step(leaf: Tensor, tokens: PolicyTokens, row: TokenSet, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one function, on the old log-probs and advantages of the row."""
+    rule = {name: value for name, value in RULE.items() if name != "clip_ratio_c"}
+    loss, sums, selected = drawn_policy_loss(
+        leaf, row.old_log_probs, row.advantages, tokens.token_weight, row.keys, CLIP, mask=mask,
+        implementation="compiled", **rule,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient, torch.cat([sums.values, selected.double()])
 
 
 def test_auto_takes_the_kernels(device: torch.device) -> None:
@@ -151,23 +167,25 @@ def test_selection_and_loss_never_wait(device: torch.device) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         whole_step(leaf, tokens, row, tokens.mask)
+        drawn_step(leaf, tokens, row, tokens.mask)
         select_on_device([row], QUANTILE)
         select_on_device([row, row], RULES[3])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_capture_into_a_graph_and_replay_on_other_tokens(device: torch.device) -> None:
+@pytest.mark.parametrize("step", [whole_step, drawn_step])
+def test_capture_into_a_graph_and_replay_on_other_tokens(step: Step, device: torch.device) -> None:
     tokens = on(device, make_tokens(5000, "clip_cov", True))
     (row,), leaf = moved([make_row(5000, 2)], device), tokens.log_probs.clone().requires_grad_()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        whole_step(leaf, tokens, row, tokens.mask)
+        step(leaf, tokens, row, tokens.mask)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = whole_step(leaf, tokens, row, tokens.mask)
+        captured = step(leaf, tokens, row, tokens.mask)
     with torch.no_grad():
         leaf.copy_(leaf.flip(0) * 1.1)
         tokens.mask.copy_(tokens.mask.flip(0))  # another number of tokens would do as well
@@ -175,8 +193,27 @@ def test_capture_into_a_graph_and_replay_on_other_tokens(device: torch.device) -
     for _ in range(2):  # what a replay leaves behind does not reach the next
         graph.replay()
         replayed = [value.clone() for value in captured]
-        for value, reference in zip(replayed, whole_step(leaf, tokens, row, tokens.mask), strict=True):
+        for value, reference in zip(replayed, step(leaf, tokens, row, tokens.mask), strict=True):
             assert torch.equal(value, reference)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_drawn_loss_is_that_of_the_cpu(rule: ClipCovRule | KlCovRule, device: torch.device) -> None:
+    row, mask = make_row(50_001, seed=3), torch.rand(50_001, generator=torch.Generator().manual_seed(4)) < 0.4
+    constants = {name: value for name, value in RULE.items() if name != "clip_ratio_c"}
+    results = []
+    for place in (torch.device("cpu"), device):
+        (own,) = moved([row], place)
+        weight = torch.full((50_001,), 1e-4, device=place)
+        results.append(
+            drawn_policy_loss(
+                own.log_probs, own.old_log_probs, own.advantages, weight, own.keys, rule, mask=mask.to(place),
+                implementation="compiled", **constants,
+            )
+        )  # fmt: skip
+    (loss, sums, selected), (other, other_sums, other_selected) = results
+    assert torch.equal(selected, other_selected.cpu()) and torch.equal(sums.values[6:], other_sums.values[6:].cpu())
+    torch.testing.assert_close(other.cpu(), loss, rtol=1e-5, atol=1e-6)
 
 
 def test_work_is_ordered_on_the_current_stream(device: torch.device) -> None:
@@ -189,6 +226,6 @@ def test_work_is_ordered_on_the_current_stream(device: torch.device) -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)  # the copy comes late: a kernel on another stream would read zeros
         late.advantages.copy_(tokens.advantages)
-        found, _ = policy_loss_cuda.loss_and_gradient(late, settings)
+        _, found, _ = policy_loss_cuda.loss_and_gradient(late, settings)
     stream.synchronize()
     assert torch.equal(found, expected)

@@ -166,7 +166,9 @@ def test_the_loss_of_a_micro_batch_draws_on_the_device(mode: str, monkeypatch: p
         monkeypatch.setattr(cov_select_cuda, "DEVICE_TYPES", device_types)
         loss, figures = PolicyLoss(rule=rule, replay_rule=rule)(row.log_probs, uniform[1], batch)
         results.append({name: float(value) for name, value in (figures.sums | {"loss": loss}).items()})
-    assert results[0] == results[1] and results[0]["cov_selected"] > 5 and results[0]["cov_replay_selected"] > 0
+    # Counts are equal; exponentials differ in the last bit of a float.
+    assert results[1] == pytest.approx(results[0], rel=1e-6) and results[0]["cov_selected"] > 5
+    assert results[0]["cov_replay_selected"] > 0
 
 
 @pytest.mark.parametrize("bound", [1 - 1e-5, 1.0, 1 + 1e-5])

@@ -88,11 +88,22 @@ def test_compiled_autograd_functions_are_taken() -> None:
 
 def test_extensions_of_different_builds_do_not_meet() -> None:
     code = (
-        "import torch\nfrom spear_megatron import _C\n_C.drawn_loss_layout += 1\n"
+        "import torch\nfrom spear_megatron import _C\n_C.headers = 'other'\n"
         "from spear_megatron.kernels import available\nprint(available()['autograd_reason'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "different builds" in done.stdout and extension.BUILD_COMMAND in done.stdout, done.stderr
+
+
+def test_autograd_functions_of_another_torch_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = extension.load_autograd()
+    assert module is not None and module.torch_version == torch.__version__.split("+")[0]
+    monkeypatch.setattr(torch, "__version__", "9.1.0+cpu")
+    extension.load_autograd.cache_clear()
+    try:
+        assert "compiled for torch 2" in available()["autograd_reason"] and "9.1.0" in available()["autograd_reason"]
+    finally:
+        extension.load_autograd.cache_clear()
 
 
 def test_unknown_instruction_sets_are_refused() -> None:

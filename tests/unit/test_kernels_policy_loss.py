@@ -241,6 +241,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(tokens, "vanilla", "eager")[0]
     monkeypatch.setitem(sys.modules, "spear_megatron._C", None)
     extension._load.cache_clear()
+    extension.load_autograd.cache_clear()
     extension.warn_slow_path.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="pip install .*slower eager implementation"):
@@ -251,6 +252,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         monkeypatch.undo()
         extension._load.cache_clear()
+        extension.load_autograd.cache_clear()
         extension.warn_slow_path.cache_clear()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from spear_megatron.algorithms import drawn_loss
 from spear_megatron.algorithms.config import PolicyLossConfig, RolloutCorrectionConfig
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, token_keys
 from spear_megatron.kernels import cov_select, policy_loss_compiled
@@ -120,7 +121,7 @@ def test_a_micro_batch_without_own_tokens() -> None:
     assert loss == 0 and not log_probs.grad.any() and figures.sums["tokens"] == 0
 
 
-def refuse() -> None:
+def refuse(*_: Any) -> None:
     raise AssertionError("a compiled kernel is used")
 
 
@@ -149,6 +150,7 @@ def test_the_configuration_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch, 
     if kernels == "eager":
         monkeypatch.setattr(cov_select, "compiled_module", refuse)
         monkeypatch.setattr(policy_loss_compiled, "compiled_module", refuse)
+        monkeypatch.setattr(drawn_loss, "_in_one_call", refuse)
     built = builder.build([make_row(1), make_row(2)], objective.ReplayTerm(), on_policy=True, key=objective.UpdateKey())
     assert built.loss.rule.implementation == built.loss.replay_rule.implementation == kernels
     assert bool(built.metrics) == (scope == "mini_batch")
