@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -18,7 +18,7 @@
 namespace spear {
 namespace {
 
-constexpr size_t kFewWords = 256;  // so few are sooner put in order than counted
+constexpr size_t kFewWords = 1024;  // so few are sooner put in order than counted
 
 float rounded_down(double value) {
     const float nearest = static_cast<float>(value);
@@ -59,12 +59,12 @@ uint64_t border(const WordSearch& search, std::vector<uint64_t>& left) {
     return finished(search, left.data(), static_cast<int64_t>(left.size()), histogram.data()).last;
 }
 
-// Mean of a column: rows are summed one by one, and their sums exactly. NaN where a sum is not finite.
-double mean_of(const double* sums, size_t rows, int64_t tokens) {
+// Mean of a column from the sums of its rows, which are added exactly. NaN where one is not finite.
+double mean_of(const std::vector<double>& sums, int64_t tokens) {
     ExactSum total;
-    for (size_t row = 0; row < rows; ++row) {
-        if (!std::isfinite(sums[row])) return std::numeric_limits<double>::quiet_NaN();
-        total.add(sums[row]);
+    for (const double sum : sums) {
+        if (!std::isfinite(sum)) return std::numeric_limits<double>::quiet_NaN();
+        total.add(sum);
     }
     return total.rounded() / static_cast<double>(tokens);
 }
@@ -79,26 +79,47 @@ CovKernels cov_kernels_for(Isa isa) {
     return generic::cov_kernels();
 }
 
-void sum_rows(const float* const* columns, int64_t num_columns, const std::vector<int64_t>& lengths, double* sums,
-              const CovKernels& kernels) {
-    const int64_t rows = static_cast<int64_t>(lengths.size());
-    std::vector<int64_t> starts(lengths.size() + 1);
-    std::partial_sum(lengths.begin(), lengths.end(), starts.begin() + 1);
+RowSums::RowSums(std::vector<const float*> columns, const std::vector<int64_t>& lengths, const CovKernels& kernels)
+    : columns_(std::move(columns)), kernels_(kernels), rows_(lengths.size()) {
+    int64_t start = 0;
+    for (size_t row = 0; row < rows_; ++row) {
+        for (int64_t end = start + lengths[row]; start < end; start += blocks_.back().size) {
+            blocks_.push_back({start, std::min(end - start, int64_t{kSumBlock}), row});
+        }
+    }
+    sums_.resize(columns_.size() * blocks_.size());
+}
+
+void RowSums::add_blocks() {
+    const int64_t count = static_cast<int64_t>(blocks_.size());
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < rows * num_columns; ++item) {
-        const size_t row = static_cast<size_t>(item % rows);
-        sums[item] = kernels.sum(columns[item / rows] + starts[row], lengths[row]);
+    for (int64_t index = 0; index < count; ++index) {
+        const size_t block = static_cast<size_t>(index);
+        for (size_t column = 0; column < columns_.size(); ++column) {
+            const float* values = columns_[column] + blocks_[block].start;
+            sums_[column * blocks_.size() + block] = kernels_.sum(values, blocks_[block].size);
+        }
     }
 }
 
-CovSelection::CovSelection(const CovTokens& tokens, const CovLimits& limits, Isa isa)
+std::vector<double> RowSums::of_column(size_t column) const {
+    std::vector<double> sums(rows_);
+    for (size_t block = 0; block < blocks_.size(); ++block) {
+        sums[blocks_[block].row] += sums_[column * blocks_.size() + block];
+    }
+    return sums;
+}
+
+CovSelection::CovSelection(const CovTokens& tokens, const std::vector<int64_t>& lengths, const CovLimits& limits,
+                           Isa isa)
     : tokens_(tokens),
       limits_(limits),
       kernels_(cov_kernels_for(isa)),
       candidate_tokens_(new int32_t[static_cast<size_t>(tokens.count)]),
       words_(new uint64_t[static_cast<size_t>(tokens.count)]),
       blocks_(static_cast<size_t>((tokens.count + kBlockTokens - 1) / kBlockTokens)),
-      histogram_(kDigits),
+      histogram_(limits.by_covariance ? kDigits : kCoarseBins),
+      sums_({tokens.inputs.advantages, tokens.inputs.log_probs}, lengths, kernels_),
       search_{~uint64_t{0}, 0, 0, 0, true, false} {  // every word: right where there are no more than k
     set_means(0, 0);
 }
@@ -110,16 +131,12 @@ void CovSelection::set_means(double advantage, double log_prob) {
     rule_.filter = cov_filter(rule_);
 }
 
-void CovSelection::find_means(const std::vector<int64_t>& lengths) {
-    const size_t rows = lengths.size();
-    const float* columns[2] = {tokens_.inputs.advantages, tokens_.inputs.log_probs};
-#pragma omp single
-    sums_.resize(2 * rows);
-    sum_rows(columns, 2, lengths, sums_.data(), kernels_);
+void CovSelection::find_means() {
+    sums_.add_blocks();
 #pragma omp single
     {
-        const double advantage = mean_of(sums_.data(), rows, tokens_.count);
-        const double log_prob = mean_of(sums_.data() + rows, rows, tokens_.count);
+        const double advantage = mean_of(sums_.of_column(0), tokens_.count);
+        const double log_prob = mean_of(sums_.of_column(1), tokens_.count);
         const double broken = std::numeric_limits<double>::quiet_NaN();
         const bool finite = !std::isnan(advantage) && !std::isnan(log_prob);
         set_means(finite ? advantage : broken, finite ? log_prob : broken);
@@ -130,13 +147,29 @@ void CovSelection::mark(int64_t k, uint8_t* marks) {
     find_candidates(marks);
     if (k == 0) return;
 #pragma omp single
-    if (candidates_ > k) search_ = narrowed(word_search(static_cast<uint32_t>(k)), histogram_.data());
+    if (candidates_ > k) search_ = first_step(static_cast<uint32_t>(k));
     if (!search_.done) {
         gather_left();
 #pragma omp single
         search_.last = border(search_, left_);
     }
     mark_candidates(marks);
+}
+
+WordSearch CovSelection::first_step(uint32_t k) const {
+    if (limits_.by_covariance) return narrowed(word_search(k), histogram_.data());
+    return coarse_search(k, histogram_.data());
+}
+
+// The words of the candidates of a block, and how many there are in every bin.
+void CovSelection::count_words(const CovBlock& block, uint64_t* words, uint32_t* histogram) const {
+    write_words(block, words);
+    if (limits_.by_covariance) {
+        const WordSearch search = word_search(1);
+        for (int64_t i = 0; i < block.candidates; ++i) ++histogram[digit(search, words[i])];
+    } else {
+        for (int64_t i = 0; i < block.candidates; ++i) ++histogram[coarse_bin(words[i])];
+    }
 }
 
 void CovSelection::write_words(const CovBlock& block, uint64_t* words) const {
@@ -155,9 +188,7 @@ void CovSelection::write_words(const CovBlock& block, uint64_t* words) const {
 }
 
 void CovSelection::find_candidates(uint8_t* marks) {
-    const WordSearch start_of_search = word_search(1);
-    std::vector<uint32_t> histogram(kDigits);
-    uint32_t* counts = histogram.data();
+    std::vector<uint32_t> histogram(histogram_.size());
     int64_t candidates = 0, near = 0;
 #pragma omp for schedule(static) nowait
     for (int64_t index = 0; index < num_blocks(); ++index) {
@@ -165,8 +196,7 @@ void CovSelection::find_candidates(uint8_t* marks) {
         CovBlock block = {candidate_tokens_.get() + start, 0, 0};
         kernels_.block(tokens_.inputs, start, start + size, rule_, block);
         uint64_t* words = words_.get() + start;
-        write_words(block, words);
-        for (int64_t i = 0; i < block.candidates; ++i) ++counts[digit(start_of_search, words[i])];
+        count_words(block, words, histogram.data());
         if (!tokens_.places) std::memset(marks + start, 0, static_cast<size_t>(size));
         candidates += block.candidates;
         near += block.near;
@@ -174,7 +204,7 @@ void CovSelection::find_candidates(uint8_t* marks) {
     }
 #pragma omp critical
     {
-        for (size_t i = 0; i < kDigits; ++i) histogram_[i] += histogram[i];
+        for (size_t i = 0; i < histogram.size(); ++i) histogram_[i] += histogram[i];
         candidates_ += candidates;
         near_ += near;
     }

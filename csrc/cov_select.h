@@ -71,7 +71,7 @@ struct CovBlock {
 // Block kernels of one instruction set.
 struct CovKernels {
     void (*block)(const CovInputs& inputs, int64_t start, int64_t stop, const CovRule& rule, CovBlock& block);
-    double (*sum)(const float* values, int64_t count);
+    double (*sum)(const float* values, int64_t count);  // of at most kSumBlock values
 };
 
 CovKernels cov_kernels_for(Isa isa);
@@ -82,10 +82,31 @@ struct CovCounts {
     int64_t marked;  // more than k where words equal the k-th
 };
 
-// Sums of consecutive rows of every column [columns, rows]. Called by all threads of a parallel region; ends with a
-// barrier.
-void sum_rows(const float* const* columns, int64_t num_columns, const std::vector<int64_t>& lengths, double* sums,
-              const CovKernels& kernels);
+// Sums of rows that lie back to back, of every column. Shared by the threads of a parallel region, each of which sums
+// blocks that lie together in all columns, and has them near for what comes next.
+class RowSums {
+public:
+    RowSums(std::vector<const float*> columns, const std::vector<int64_t>& lengths, const CovKernels& kernels);
+
+    // Called by all threads of the region; ends with a barrier.
+    void add_blocks();
+
+    // Sums of the rows of a column, once its blocks are added.
+    std::vector<double> of_column(size_t column) const;
+
+private:
+    struct Block {
+        int64_t start;
+        int64_t size;
+        size_t row;
+    };
+
+    std::vector<const float*> columns_;
+    CovKernels kernels_;
+    size_t rows_;
+    std::vector<Block> blocks_;
+    std::vector<double> sums_;  // [columns, blocks]
+};
 
 // One selection, carried out by the threads of the parallel region in which all of them call its methods; what it holds
 // is shared. Every step gives a thread the same blocks, so that what it wrote is near when it reads it again.
@@ -93,12 +114,13 @@ class CovSelection {
 public:
     static constexpr int64_t kBlockTokens = 2048;
 
-    CovSelection(const CovTokens& tokens, const CovLimits& limits, Isa isa);
+    // Rows of these lengths lie back to back; they matter for the means alone.
+    CovSelection(const CovTokens& tokens, const std::vector<int64_t>& lengths, const CovLimits& limits, Isa isa);
 
     void set_means(double advantage, double log_prob);
 
-    // Means of rows that lie back to back; both NaN where a value is not finite.
-    void find_means(const std::vector<int64_t>& lengths);
+    // Means of the tokens; both NaN where a value is not finite.
+    void find_means();
 
     // Marks the first k candidates, and all that equal the last of them; elsewhere stands 0, which the caller provides
     // where tokens have places of their own.
@@ -112,6 +134,8 @@ private:
     int64_t num_blocks() const { return static_cast<int64_t>(blocks_.size()); }
     const uint64_t* words_of(int64_t block) const { return words_.get() + block * kBlockTokens; }
     void write_words(const CovBlock& block, uint64_t* words) const;
+    void count_words(const CovBlock& block, uint64_t* words, uint32_t* histogram) const;
+    WordSearch first_step(uint32_t k) const;
     void find_candidates(uint8_t* marks);
     void gather_left();
     void mark_candidates(uint8_t* marks);
@@ -125,9 +149,9 @@ private:
     std::unique_ptr<int32_t[]> candidate_tokens_;
     std::unique_ptr<uint64_t[]> words_;
     std::vector<CovBlock> blocks_;
-    std::vector<uint32_t> histogram_;  // of the first digits of the words
+    std::vector<uint32_t> histogram_;  // of the first bits of the words
     std::vector<uint64_t> left_;       // words that the search has left
-    std::vector<double> sums_;
+    RowSums sums_;
     WordSearch search_;
     int64_t candidates_ = 0;
     int64_t near_ = 0;

@@ -38,7 +38,7 @@ std::tuple<int64_t, int64_t, int64_t> cov_choose(uintptr_t log_probs, uintptr_t 
     const CovTokens columns = {cov_inputs(log_probs, old_log_probs, advantages), pointer<const int64_t>(keys), nullptr,
                                tokens};
     const CovLimits limits = {bounds[0], bounds[1], nearness, clip_bounds[0], clip_bounds[1], by_covariance};
-    CovSelection selection(columns, limits, parse_isa(isa));
+    CovSelection selection(columns, {}, limits, parse_isa(isa));
     selection.set_means(mean_advantage, mean_log_prob);
 #pragma omp parallel num_threads(threads) if (worth_threads(threads, tokens))
     selection.mark(k, pointer<uint8_t>(chosen));
@@ -54,9 +54,14 @@ void python_row_sums(const std::vector<uintptr_t>& columns, uintptr_t lengths, i
     const int64_t* sizes = pointer<const int64_t>(lengths);
     const std::vector<int64_t> each(sizes, sizes + rows);
     const int64_t tokens = std::accumulate(each.begin(), each.end(), int64_t{0});
-    const CovKernels kernels = cov_kernels_for(parse_isa(isa));
+    RowSums found(values, each, cov_kernels_for(parse_isa(isa)));
 #pragma omp parallel num_threads(threads) if (worth_threads(threads, tokens))
-    sum_rows(values.data(), static_cast<int64_t>(values.size()), each, pointer<double>(sums), kernels);
+    found.add_blocks();
+    double* out = pointer<double>(sums);
+    for (size_t column = 0; column < values.size(); ++column) {
+        const std::vector<double> of_rows = found.of_column(column);
+        out = std::copy(of_rows.begin(), of_rows.end(), out);
+    }
 }
 
 // A whole selection among rows that lie back to back: means, k = max(floor(ratio * tokens), 1), marks. Returns (k, mean
@@ -73,10 +78,10 @@ std::tuple<int64_t, double, double, int64_t, int64_t, int64_t> cov_select(
                                tokens};
     const CovLimits limits = {bounds[0], bounds[1], nearness, clip_bounds[0], clip_bounds[1], by_covariance};
     const int64_t k = std::max(floor_share(ratio, tokens), int64_t{1});
-    CovSelection selection(columns, limits, parse_isa(isa));
+    CovSelection selection(columns, lengths, limits, parse_isa(isa));
 #pragma omp parallel num_threads(threads) if (worth_threads(threads, tokens))
     {
-        selection.find_means(lengths);
+        selection.find_means();
         selection.mark(k, pointer<uint8_t>(chosen));
     }
     const CovCounts counts = selection.counts();

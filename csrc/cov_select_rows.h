@@ -160,7 +160,7 @@ static void cov_block(const CovInputs& columns, int64_t start, int64_t stop, con
 }
 
 // Sum in double of at most kSumBlock values, over kSumLanes interleaved sums that are then folded in halves.
-SPEAR_INLINE double lane_sum(const float* values, int64_t count) {
+static double block_sum(const float* values, int64_t count) {
     constexpr int64_t kVectors = kSumLanes / kHalfWidth;
     Double sums[kVectors] = {};
     int64_t i = 0;
@@ -176,12 +176,4 @@ SPEAR_INLINE double lane_sum(const float* values, int64_t count) {
     return lanes[0];
 }
 
-static double row_sum(const float* values, int64_t count) {
-    double sum = 0;
-    for (int64_t start = 0; start < count; start += kSumBlock) {
-        sum += lane_sum(values + start, count - start < kSumBlock ? count - start : kSumBlock);
-    }
-    return sum;
-}
-
-static CovKernels cov_kernels() { return {cov_block, row_sum}; }
+static CovKernels cov_kernels() { return {cov_block, block_sum}; }

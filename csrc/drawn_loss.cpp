@@ -89,12 +89,12 @@ bool drawn_loss(const DrawnColumns& columns, const DrawnSettings& settings, cons
     const bool selects = settings.ratio > 0 && tokens.count > 0;
     const int64_t k = selects ? std::max(floor_share(settings.ratio, tokens.count), int64_t{1}) : 0;
     const std::vector<int64_t> lengths = {tokens.count};
-    CovSelection selection(tokens, settings.limits, isa);
+    CovSelection selection(tokens, lengths, settings.limits, isa);
     PolicySum sum(policy, columns.tokens, settings.mode, settings.policy, isa);
 #pragma omp parallel num_threads(threads) if (threads > 1 && columns.tokens > CovSelection::kBlockTokens)
     {
         if (packed) packed->pack();
-        selection.find_means(lengths);
+        selection.find_means();
         selection.mark(k, results.selected);
         sum.add_blocks();  // reads what the selection has marked
     }

@@ -75,6 +75,23 @@ SPEAR_HOST_DEVICE inline WordSearch narrowed(const WordSearch& search, const uin
     return narrowed_to(search, bin, before, histogram[bin]);
 }
 
+// A first step over fewer bins, for words that are as likely in any of them, as keys are: threads have less to merge.
+constexpr int kCoarseBits = 8;
+constexpr int kCoarseBins = 1 << kCoarseBits;
+
+inline uint32_t coarse_bin(uint64_t word) { return static_cast<uint32_t>(word >> (64 - kCoarseBits)); }
+
+// The search for the `k`-th smallest word after that step, from the histogram [kCoarseBins] of all words.
+inline WordSearch coarse_search(uint32_t k, const uint32_t* histogram) {
+    uint32_t bin = 0, before = 0;
+    while (before + histogram[bin] < k) before += histogram[bin++];
+    const int shift = 64 - kCoarseBits;
+    WordSearch search = {uint64_t{bin} << shift, ~uint64_t{0} << shift, k - before, shift - kDigitBits, false, false};
+    search.done = histogram[bin] == search.rank;
+    if (search.done) search.last |= ~search.fixed;
+    return search;
+}
+
 // Takes a search to its end among `count` words on the host, of which some may be out already; `histogram` is scratch
 // of kDigits.
 inline WordSearch finished(WordSearch search, const uint64_t* words, int64_t count, uint32_t* histogram) {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, TokenSet, judge_of, select_tokens
 from spear_megatron.algorithms.covariance_device import select_on_device
 from spear_megatron.kernels import cov_select_cuda
-from spear_megatron.kernels.cov_select import NEAR_BOUND, use_compiled
+from spear_megatron.kernels.cov_select import NEAR_BOUND, CovJudge, use_compiled
 from spear_megatron.kernels.drawn_loss_compiled import Columns, draw_and_differentiate, fits
 from spear_megatron.kernels.extension import load_autograd
 from spear_megatron.kernels.policy_loss import PolicySums, attached, check_tokens, policy_loss
@@ -75,67 +76,71 @@ def drawn_policy_loss(
         RunError: ``implementation="compiled"`` and a compiled kernel is missing or does not fit.
     """
     columns = (log_probs, old_log_probs, advantages, token_weight, token_keys)
-    settings = _settings(rule, clip_ratio_low, clip_ratio_high, kl_cov_coef)
-    on_device = cov_select_cuda.usable(log_probs.device, implementation)
-    if not on_device and not torch.compiler.is_compiling() and use_compiled(implementation):
-        found = _in_one_call(columns, rule, mask, settings)
+    if log_probs.is_cpu and not torch.compiler.is_compiling():
+        in_one_call = _call(rule, clip_ratio_low, clip_ratio_high, kl_cov_coef, implementation)
+        found = None if in_one_call is None else in_one_call(*columns, mask)
         if found is not None:
-            loss, sums, selected = found
-            return loss, DrawnSums(sums), selected
+            return found[0], DrawnSums(found[1]), found[2]
     check_tokens(PolicyTokens(log_probs, old_log_probs, advantages, token_weight, None, mask), token_keys)
-    draw = _draw_there if on_device else _draw_here
-    counts, selected = draw(columns, rule, mask, implementation)
+    on_device = cov_select_cuda.usable(log_probs.device, implementation)
+    counts, selected = (_draw_there if on_device else _draw_here)(columns, rule, mask, implementation)
     loss, policy = policy_loss(
         log_probs,
         old_log_probs,
         advantages,
         token_weight,
-        mode=settings.policy.mode,
+        mode=_mode(rule),
         selected=selected,
         mask=mask,
         clip_ratio_low=clip_ratio_low,
         clip_ratio_high=clip_ratio_high,
-        clip_ratio_c=settings.policy.clip_ratio_c,
+        clip_ratio_c=math.inf,  # neither mode has a dual clip
         kl_cov_coef=kl_cov_coef,
         implementation=implementation,
     )
     return loss, DrawnSums(torch.cat([policy.values, counts])), selected
 
 
-class _Settings(NamedTuple):
-    """What the kernels take beside tensors; ``constants`` is None where the bounds are not known before they run."""
+def _mode(rule: ClipCovRule | KlCovRule) -> str:
+    return "kl_cov" if isinstance(rule, KlCovRule) else "clip_cov"
 
-    policy: PolicySettings
-    constants: tuple[float, ...] | None
+
+Call = Callable[..., tuple[Tensor, Tensor, Tensor] | None]
+"""(log-probs, old log-probs, advantages, weights, keys, mask) -> (loss, sums, selected tokens), or None."""
 
 
 @functools.lru_cache(maxsize=64)
-def _settings(
-    rule: ClipCovRule | KlCovRule, clip_ratio_low: float, clip_ratio_high: float, kl_cov_coef: float
-) -> _Settings:
-    mode = "kl_cov" if isinstance(rule, KlCovRule) else "clip_cov"
-    policy = PolicySettings(mode, clip_ratio_low, clip_ratio_high, math.inf, kl_cov_coef)  # there is no dual clip
-    if isinstance(rule, ClipCovRule) and rule.quantiles is not None:
-        return _Settings(policy, None)
-    judge = judge_of(rule)
-    bounds = (judge.lb, judge.ub, NEAR_BOUND, *judge.log_bounds())
+def _call(
+    rule: ClipCovRule | KlCovRule,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    kl_cov_coef: float,
+    implementation: str,
+) -> Call | None:
+    """The CPU kernel with its constants; None where it is not wanted or the bounds are not known before it runs.
+
+    The call itself gives None where tensors do not fit or tokens tie at the border of the selection.
+    """
+    if not use_compiled(implementation) or (isinstance(rule, ClipCovRule) and rule.quantiles is not None):
+        return None
+    settings = PolicySettings(_mode(rule), clip_ratio_low, clip_ratio_high, math.inf, kl_cov_coef)
+    judge, (module, _) = judge_of(rule), load_autograd()
+    if module is None:
+        return functools.partial(_call_in_python, settings, rule.ratio, judge)
     ratios = (1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
-    return _Settings(policy, (MODE_CODES[mode], *ratios, kl_cov_coef, rule.ratio, *bounds))
+    bounds = (judge.lb, judge.ub, NEAR_BOUND, *judge.log_bounds())
+    call: Call = module.DrawnLoss(MODE_CODES[settings.mode], *ratios, kl_cov_coef, rule.ratio, *bounds)
+    return call
 
 
-def _in_one_call(
-    columns: Columns, rule: ClipCovRule | KlCovRule, mask: Tensor | None, settings: _Settings
+def _call_in_python(
+    settings: PolicySettings, ratio: float, judge: CovJudge, *tensors: Any
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Loss, sums and selected tokens by the CPU kernel; None where it does not fit or tokens tie at the border."""
-    if settings.constants is None:
+    """What a call of spear_megatron._autograd does, where it is not compiled."""
+    *columns, mask = tensors
+    if not fits(tuple(columns), mask):
         return None
-    module, _ = load_autograd()
-    if module is not None:
-        found: tuple[Tensor, Tensor, Tensor] | None = module.drawn_policy_loss(*columns, mask, *settings.constants)
-        return found
-    if not fits(columns, mask):
-        return None
-    drawn = draw_and_differentiate(columns, mask, settings.policy, rule.ratio, judge_of(rule))
+    drawn = draw_and_differentiate(tuple(columns), mask, settings, ratio, judge)
     if drawn is None:
         return None
     known, selected = drawn

@@ -97,6 +97,8 @@ def in_two_steps(
 @pytest.fixture(params=["compiled autograd", "autograd in python"], autouse=True)
 def _autograd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything holds with and without spear_megatron._autograd."""
+    drawn_loss._call.cache_clear()
+    request.addfinalizer(drawn_loss._call.cache_clear)
     if request.param == "compiled autograd":
         if extension.load_autograd()[0] is None:
             pytest.skip(extension.load_autograd()[1])
@@ -250,7 +252,7 @@ def run_with(tokens: Tokens, **changed: torch.Tensor) -> None:
     drawn_policy_loss(**(tokens | changed), rule=CLIP, **CLIPS)
 
 
-CACHES = (extension._load, extension.load_autograd, extension.warn_slow_path)
+CACHES = (extension._load, extension.load_autograd, extension.warn_slow_path, drawn_loss._call)
 
 
 def test_without_the_compiled_module_the_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

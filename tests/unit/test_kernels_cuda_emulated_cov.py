@@ -10,6 +10,7 @@ import pytest
 import torch
 from emulated_cuda import emulated_library, emulation  # noqa: F401
 
+from spear_megatron.algorithms import drawn_loss
 from spear_megatron.algorithms.covariance import ClipCovRule, KlCovRule, TokenSet, select_tokens
 from spear_megatron.algorithms.covariance_device import select_on_device
 from spear_megatron.kernels import cov_select_cuda
@@ -162,8 +163,10 @@ def test_the_loss_of_a_micro_batch_draws_on_the_device(mode: str, monkeypatch: p
         draw={"clip_cov": CLIP, "kl_cov": KL}[mode],
     )  # fmt: skip
     results = []
-    for device_types in (set(), {"cpu"}):
-        monkeypatch.setattr(cov_select_cuda, "DEVICE_TYPES", device_types)
+    for on_device in (False, True):
+        monkeypatch.setattr(cov_select_cuda, "DEVICE_TYPES", {"cpu"} if on_device else set())
+        if on_device:
+            monkeypatch.setattr(drawn_loss, "_call", lambda *_: None)
         loss, figures = PolicyLoss(rule=rule, replay_rule=rule)(row.log_probs, uniform[1], batch)
         results.append({name: float(value) for name, value in (figures.sums | {"loss": loss}).items()})
     # Counts are equal; exponentials differ in the last bit of a float.

@@ -150,7 +150,8 @@ def test_the_configuration_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch, 
     if kernels == "eager":
         monkeypatch.setattr(cov_select, "compiled_module", refuse)
         monkeypatch.setattr(policy_loss_compiled, "compiled_module", refuse)
-        monkeypatch.setattr(drawn_loss, "_in_one_call", refuse)
+        monkeypatch.setattr(drawn_loss, "draw_and_differentiate", refuse)
+        monkeypatch.setattr(drawn_loss, "load_autograd", refuse)
     built = builder.build([make_row(1), make_row(2)], objective.ReplayTerm(), on_policy=True, key=objective.UpdateKey())
     assert built.loss.rule.implementation == built.loss.replay_rule.implementation == kernels
     assert bool(built.metrics) == (scope == "mini_batch")
