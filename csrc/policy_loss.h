@@ -10,16 +10,6 @@
 
 namespace spear {
 
-struct PolicyInputs {
-    const float* log_probs;
-    const float* old_log_probs;
-    const float* advantages;
-    const float* weights;
-    const uint8_t* selected;  // null in the modes that choose no tokens
-    const uint8_t* mask;      // null: every token takes part
-    float* gradient;
-};
-
 struct PolicyTotals {
     double loss;
     double clipped;

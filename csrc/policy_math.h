@@ -2,6 +2,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #include "host_device.h"
 
@@ -14,6 +15,17 @@ constexpr int kVanilla = 0;
 constexpr int kPolicyGradient = 1;
 constexpr int kClipCov = 2;
 constexpr int kKlCov = 3;
+
+// Columns of a policy loss, and where its gradient goes.
+struct PolicyInputs {
+    const float* log_probs;
+    const float* old_log_probs;
+    const float* advantages;
+    const float* weights;
+    const uint8_t* selected;  // null in the modes that choose no tokens
+    const uint8_t* mask;      // null: every token takes part
+    float* gradient;
+};
 
 #include "policy_terms.h"
 

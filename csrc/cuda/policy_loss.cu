@@ -14,14 +14,7 @@ constexpr int kSums = 5;  // loss, clipped, dual clipped, log-ratio, ratio; the 
 constexpr int kTotals = kSums + 1;
 constexpr int64_t kMaxTokens = (int64_t{1} << 31) - 1;
 
-struct PolicyColumns {
-    const float* log_probs;
-    const float* old_log_probs;
-    const float* advantages;
-    const float* weights;
-    const uint8_t* selected;  // null in the modes that choose no tokens
-    const uint8_t* mask;      // null: every token takes part
-    float* gradient;
+struct PolicyColumns : PolicyInputs {
     int64_t tokens;
 };
 
@@ -124,10 +117,11 @@ int spear_policy_loss(int device, void* stream, const void* log_probs, const voi
         return cudaErrorInvalidValue;
     }
     if (const cudaError_t error = cudaSetDevice(device)) return error;
-    const PolicyColumns columns = {static_cast<const float*>(log_probs),  static_cast<const float*>(old_log_probs),
-                                   static_cast<const float*>(advantages), static_cast<const float*>(weights),
-                                   static_cast<const uint8_t*>(selected), static_cast<const uint8_t*>(mask),
-                                   static_cast<float*>(gradient),         tokens};
+    const PolicyInputs inputs = {static_cast<const float*>(log_probs),  static_cast<const float*>(old_log_probs),
+                                 static_cast<const float*>(advantages), static_cast<const float*>(weights),
+                                 static_cast<const uint8_t*>(selected), static_cast<const uint8_t*>(mask),
+                                 static_cast<float*>(gradient)};
+    const PolicyColumns columns = {inputs, tokens};
     const PolicyRule<float> rule = {static_cast<float>(low), static_cast<float>(high), static_cast<float>(dual),
                                     static_cast<float>(coef)};
     double* partials = static_cast<double*>(scratch);
